@@ -584,8 +584,11 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     """
     from torch.distributed import checkpoint as dcp
     check_tensors(folder, tensors)
-    with one_process_is_fine():
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+    try:
+        with one_process_is_fine():
+            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+    except dcp.api.CheckpointException as error:
+        raise UserError(f"the weights in {folder} cannot be read: {str(error).strip().splitlines()[-1]}") from None
 
 
 @contextlib.contextmanager

@@ -63,7 +63,7 @@ class Config:
     # ---- batches
     seq_len: Count = 4096  # tokens of an instance (paper Table 1)
     batch: Count = 512  # instances per optimizer step, over all processes
-    micro_batch: Count = 4  # instances per forward and backward of a process; smaller takes less memory, same result
+    micro_batch: Count = 4  # at most so many instances per forward and backward of a process; fewer take less memory, same result
     tokens: Count = 0  # length of the run
     seed: Count = 6198  # of the data order (official yamls)
     init_seed: Count = 6198  # of the random weights (official yamls)
@@ -155,7 +155,7 @@ def check(c: Config) -> None:
               (f"--seq-len {c.seq_len} must be at least 2: a token and the next", c.seq_len >= 2)]
     if problems := [text for text, holds in rules if not holds]:
         raise UserError("; ".join(problems))
-    if c.batch % c.micro_batch:
+    if c.batch % min(c.batch, c.micro_batch):
         below = c.batch // c.micro_batch * c.micro_batch
         raise UserError(f"--batch {c.batch} = {c.batch / c.micro_batch:.2f} x --micro-batch {c.micro_batch} does not divide: "
                         f"use --batch {' or '.join(str(b) for b in (below, below + c.micro_batch) if b)}")
@@ -187,7 +187,10 @@ def make_optimizer(model: OLMo2, c: Config) -> torch.optim.AdamW:
     """AdamW in OLMo 2's two groups: the input embedding, which does not decay, and all the rest, which does."""
     groups = [{"params": [p for n, p in model.named_parameters() if ("embed_tokens" in n) == is_embedding],
                "weight_decay": 0.0 if is_embedding else c.weight_decay} for is_embedding in (True, False)]
-    return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True)
+    for p in model.parameters():  # what AdamW makes at its first step; here, so that a state can be saved before that
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
 
 
 class SkipStep:
@@ -259,7 +262,7 @@ def save_state(run: Path, state: dict, model: OLMo2, optimizer: torch.optim.Adam
             shutil.rmtree(final)
         aside.rename(final)
         sync(run)
-    except Exception as error:  # torch wraps what the disk says in an exception of its own
+    except (Exception, dcp.api.CheckpointException) as error:  # torch wraps what the disk says; its wrapper is no Exception
         shutil.rmtree(aside, ignore_errors=True)
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"could not save {final}: {reason}. The states before it are untouched; make room, and the same "
@@ -310,8 +313,6 @@ def load_state(folder: Path, model: OLMo2, optimizer: torch.optim.AdamW) -> dict
     """Fill the model and the optimizer from a verified training state; returns its state.json."""
     if (stored := read_config(folder)) != (own := dataclasses.replace(model.config, init="olmo2", embed_std=0.02)):
         raise UserError(f"{folder} holds another model: {stored}, not {own}")
-    for p in model.parameters():  # what AdamW would make at its first step
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     for name, tensors in zip(("model", "optim"), tensors_of(model, optimizer)):
         load_tensors(folder / name, tensors)
     return read_json(folder / "state.json")
@@ -396,7 +397,7 @@ def plot(run: Path) -> None:
         axis.set(xlim=(0, None))
     for axis in axes[1]:
         axis.set(xlabel=f"tokens ({letter})")
-    if evals:
+    if evals and evals[-1]["bpb"]:
         axes[0, 1].legend()
     figure.suptitle(str(run))
     figure.savefig(run / "curves.png.tmp", format="png", dpi=110)
@@ -426,7 +427,7 @@ def train(c: Config, origin: dict[str, str]) -> Path:
     if c.threads:
         torch.set_num_threads(c.threads)
     # ---- tokens per step
-    tokens_per_step = c.batch * c.seq_len
+    tokens_per_step, micro_batch = c.batch * c.seq_len, min(c.batch, c.micro_batch)
     steps = -(-c.tokens // tokens_per_step)
     # ---- data
     tokenizer = get_tokenizer(c.init if c.init and c.tokenizer == Config.tokenizer else c.tokenizer)
@@ -467,7 +468,7 @@ def train(c: Config, origin: dict[str, str]) -> Path:
     print(f"data      {data.hash}: {sum(s['tokens'] for s in data.sidecars):,} tokens in {len(data.files)} files, {len(data):,} instances; "
           f"the run sees them {steps * c.batch / len(data):.2f} times")
     print(f"batch     {c.batch} instances x {c.seq_len} tokens = {tokens_per_step:,} tokens per step "
-          f"({c.batch // c.micro_batch} micro-batches of {c.micro_batch}); {steps:,} steps = {steps * tokens_per_step:,} tokens")
+          f"({c.batch // micro_batch} x {micro_batch}); {steps:,} steps = {steps * tokens_per_step:,} tokens")
     if wandb := start_wandb(c, run):
         print(f"wandb     {c.wandb}")
     if device.type == "cuda":
@@ -521,8 +522,8 @@ def train(c: Config, origin: dict[str, str]) -> Path:
             tokens, targets = (torch.from_numpy(a) for a in data.batch(step, c.batch, c.seed, c.first_epoch, mask_repeats=c.mask_repeats))
             n = max(1, int((targets != -100).sum()))
             ce, z = torch.zeros(2, device=device)
-            for i in range(0, c.batch, c.micro_batch):
-                x, y = (a[i : i + c.micro_batch].to(device, non_blocking=True) for a in (tokens, targets))
+            for i in range(0, c.batch, micro_batch):
+                x, y = (a[i : i + micro_batch].to(device, non_blocking=True) for a in (tokens, targets))
                 with autocast:
                     ce_sum, z_sum, _ = model.loss(x, y, c.z_loss)
                 ((ce_sum + z_sum) / n).backward()
