@@ -386,8 +386,8 @@ def embedded_documents(split: str, seed: int = 0) -> dict[str, list[str]]:
     pages = [(f"topic {name}", text, "") for name, text in sorted(pydoc_data.topics.topics.items())]
     for path in modules:
         source = path.read_text(encoding="utf-8", errors="replace")
-        if len(source) < 100_000:  # the few larger ones are tables
-            pages.append((str(path.relative_to(library)), *split_docstrings(source, path.stem)))
+        prose, code = split_docstrings(source, path.stem)
+        pages.append((str(path.relative_to(library)), prose, code if len(code) < 40_000 else ""))  # or code would drown prose
     documents: dict[str, dict[str, list[str]]] = {s: {"docs": [], "code": []} for s in ("train", "val")}
     seen: set[str] = set()
     for side in ("train", "val"):
@@ -450,31 +450,35 @@ def task_items(task: str, split: str, count: int, seed: int = 0) -> Iterator[dic
 
 
 def math_item(rng: random.Random) -> tuple[str, str, str, tuple]:
-    """A sum or difference of two-digit numbers, bare or as a story; half of the answers are worked digit by digit."""
+    """A sum or difference of two-digit numbers, bare or as a story, worked digit by digit."""
     a, b = rng.randint(10, 99), rng.randint(10, 99)
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
     if rng.random() < 0.5:
-        result, worked = a + b, f"{a % 10} + {b % 10} = {a % 10 + b % 10}. {a // 10} + {b // 10}"
-        carry = (a % 10 + b % 10) // 10
-        worked += f"{' + 1' if carry else ''} = {a // 10 + b // 10 + carry}. "
+        result, carry = a + b, (a % 10 + b % 10) // 10
+        ones = f"{a % 10} + {b % 10} = {a % 10 + b % 10}"
+        tens = f"{a // 10} + {b // 10}{' + 1' * carry} = {a // 10 + b // 10 + carry}"
         prompt = rng.choice([f"What is {a} + {b}?", f"{name} has {a} {thing} and gets {b} more. How many {thing} are there?"])
     else:
         a, b = max(a, b), min(a, b)
-        borrow = a % 10 < b % 10
-        result, worked = a - b, f"{a % 10 + 10 * borrow} - {b % 10} = {a % 10 + 10 * borrow - b % 10}. {a // 10} - {b // 10}"
-        worked += f"{' - 1' if borrow else ''} = {a // 10 - b // 10 - borrow}. "
+        result, borrow = a - b, int(a % 10 < b % 10)
+        ones = f"{a % 10 + 10 * borrow} - {b % 10} = {a % 10 + 10 * borrow - b % 10}"
+        tens = f"{a // 10} - {b // 10}{' - 1' * borrow} = {a // 10 - b // 10 - borrow}"
         prompt = rng.choice([f"What is {a} - {b}?", f"{name} has {a} {thing} and loses {b}. How many {thing} are left?"])
-    return prompt, f"{worked if rng.random() < 0.5 else ''}The answer is {result}.", str(result), (a, b)
+    return prompt, f"{ones}. {tens}. The answer is {result}.", str(result), (a, b)
 
 
 def qa_item(rng: random.Random) -> tuple[str, str, str, tuple]:
-    """Three facts and a question whose answer is copied from one of them."""
-    facts = list(zip(rng.sample(NAMES, 3), rng.sample(range(2, 100), 3), rng.sample(THINGS, 3)))
-    name, number, thing = rng.choice(facts)
-    question, gold = rng.choice([(f"How many {thing} does {name} have?", str(number)), (f"Who has the {thing}?", name),
-                                 (f"What does {name} have?", f"{number} {thing}")])
-    prompt = " ".join(f"{n} has {k} {t}." for n, k, t in facts) + " " + question
-    return prompt, f"{gold}.", gold, tuple(map(str, facts))
+    """Which of two numbers is larger or smaller, or who has more or fewer: answered in a word."""
+    a, b = rng.sample(range(10, 100), 2)
+    first, second = rng.sample(NAMES, 2)
+    larger = rng.random() < 0.5
+    if rng.random() < 0.5:
+        prompt, choices = f"Which is {'larger' if larger else 'smaller'}, {a} or {b}?", (str(a), str(b))
+    else:
+        prompt = f"{first} has {a} {rng.choice(THINGS)} and {second} has {b}. Who has {'more' if larger else 'fewer'}?"
+        choices = (first, second)
+    gold = choices[0] if (a > b) == larger else choices[1]
+    return prompt, f"{gold}.", gold, (a, b)
 
 
 TASKS = {"math": math_item, "qa": qa_item}

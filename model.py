@@ -109,7 +109,7 @@ class ModelConfig:
 # Released: 1B, 7B, 13B, 32B (paper Table 3, official configs). The ladder has OLMo-core's olmo2_* shapes
 # (nn/transformer/config.py); its names count the head but not the input embedding. `tiny` is ours, for the laptop.
 SIZES: dict[str, ModelConfig] = {
-    "tiny": ModelConfig(layers=4, d_model=128, heads=2, kv_heads=2, ffn=384, vocab=1024, context=1024, eos=1000, pad=1001),
+    "tiny": ModelConfig(layers=4, d_model=96, heads=4, kv_heads=4, ffn=256, vocab=1024, context=128, eos=1000, pad=1001),
     "14M": ModelConfig(layers=4, d_model=128, heads=8, kv_heads=8, ffn=512),
     "30M": ModelConfig(layers=4, d_model=256, heads=8, kv_heads=8, ffn=768),
     "60M": ModelConfig(layers=8, d_model=384, heads=8, kv_heads=8, ffn=1536),
@@ -477,7 +477,7 @@ class ChunkedLoss(torch.autograd.Function):
     backward, and no product with the head is computed twice: per chunk one for the logits and two for the gradients.
     """
 
-    CHUNK = 2**25  # entries of the logits in a chunk: 128 MiB in fp32
+    CHUNK = {"cpu": 2**23, "mps": 2**25, "cuda": 2**27}  # entries of a chunk's logits: 32, 128, 512 MiB in fp32
 
     @staticmethod
     def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, z_loss: float, with_grad: bool):
@@ -486,7 +486,7 @@ class ChunkedLoss(torch.autograd.Function):
         ce_sum, z_sum = hidden.new_zeros(2, dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if with_grad else None
         grad_head = torch.zeros_like(head, dtype=torch.float32) if with_grad else None
-        size = max(64, ChunkedLoss.CHUNK // len(head))
+        size = max(64, ChunkedLoss.CHUNK[hidden.device.type] // len(head))
         for i in range(0, len(hidden), size):
             h, target = hidden[i : i + size], targets[i : i + size]
             valid = target != -100
@@ -636,7 +636,7 @@ def main() -> None:
         cache = 2 * c.layers * c.kv_heads * c.head_dim * c.context * 2
         print(f"{name:>6}{c.layers:>8}{c.d_model:>7}{c.heads:>5}/{c.kv_heads:<2}{c.ffn:>8}{total:>17,}"
               f"{c.flops_per_token(c.context) / 1e9:>13.4g}{cache / 1e6:>13,.1f}{16 * total / 1e9:>10.3g}")
-    print("GFLOP/token: 6 (N - embedding) + 12 layers D T, at T = the context (4,096; tiny 1,024). "
+    print("GFLOP/token: 6 (N - embedding) + 12 layers D T, at T = the context (4,096; tiny 128). "
           "KV cache: bf16, one sequence of T.\ntrain: 16 bytes per parameter (fp32 weight, gradient, two moments), activations apart.")
 
 
