@@ -74,7 +74,7 @@ def main(kills: int, steps: int, folder: Path, seed: int = 0) -> dict:
     rng, killed, replayed = random.Random(seed), 0, 0
     while True:
         pid = fork(run_once, stormy, steps)
-        time.sleep(rng.uniform(0.3 * startup, 0.7 * startup + 10 * (whole - startup) / steps)) if killed < kills else None
+        time.sleep(rng.uniform(0.2 * startup, 0.6 * startup + 8 * (whole - startup) / steps)) if killed < kills else None
         done, status = os.waitpid(pid, os.WNOHANG if killed < kills else 0)
         if done:
             assert status == 0, stormy.with_suffix(".log").read_text()[-3000:]
@@ -93,9 +93,9 @@ def main(kills: int, steps: int, folder: Path, seed: int = 0) -> dict:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=0, help="of the run; default: 16 per kill")
+    parser.add_argument("--steps", type=int, default=0, help="of the run; default: 24 per kill")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as path:
-        result = main(options.kills, options.steps or 16 * options.kills, Path(path))
+        result = main(options.kills, options.steps or 24 * options.kills, Path(path))
     assert result["kills"] >= options.kills, f"the run ended after {result['kills']} kills: give it more --steps"
     print(f"{result}: as if it had never been killed")
