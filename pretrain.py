@@ -34,8 +34,8 @@ from torch.distributed import checkpoint as dcp
 
 from data import TokenData, Tokenizer, embedded_corpus, get_tokenizer, make_folder, token_files
 from eval import accuracy, bits_per_byte_by_source
-from model import (SIZES, ModelConfig, OLMo2, UserError, best_device, check_tensors, load_tensors, one_process_is_fine, peak_flops, read_config, read_json, run_cli,
-                   sha256, write_json)
+from model import (SIZES, OLMo2, UserError, best_device, check_tensors, load_tensors, one_process_is_fine, peak_flops, read_config,
+                   read_json, run_cli, sha256, write_json)
 
 
 def parse_count(text: str) -> int:
@@ -312,8 +312,10 @@ def newest_state(run: Path) -> Path | None:
 
 def load_state(folder: Path, model: OLMo2, optimizer: torch.optim.AdamW) -> dict:
     """Fill the model and the optimizer from a verified training state; returns its state.json."""
-    if (stored := read_config(folder)) != (own := dataclasses.replace(model.config, init="olmo2", embed_std=0.02)):
-        raise UserError(f"{folder} holds another model: {stored}, not {own}")
+    stored, own = (dataclasses.asdict(config) for config in (read_config(folder), model.config))
+    different = [f"{key} {stored[key]}, not {own[key]}" for key in own if stored[key] != own[key] and key not in ("init", "embed_std")]
+    if different:  # how a model was initialised is not kept
+        raise UserError(f"{folder} holds another model ({'; '.join(different)}): choose another folder with --out")
     for name, tensors in zip(("model", "optim"), tensors_of(model, optimizer)):
         load_tensors(folder / name, tensors)
     return read_json(folder / "state.json")
@@ -344,9 +346,10 @@ def open_run(c: Config, origin: dict[str, str], data: TokenData) -> Path:
         if changed:
             raise UserError(f"{run} was started with other settings ({', '.join(changed)}): go on with the old ones, or "
                             "choose another folder with --out")
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    git = shutil.which("git") and subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
+                                                 cwd=Path(__file__).parent).stdout.strip()
     write_json(run / "run.json", {
-        "config": config, "command": sys.argv, "git": git.stdout.strip() or None,
+        "config": config, "command": sys.argv, "git": git or None,
         "data": {"hash": data.hash, "files": [str(path) for path in data.files], "tokens": sum(s["tokens"] for s in data.sidecars)},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
@@ -431,7 +434,7 @@ def train(c: Config, origin: dict[str, str]) -> Path:
     tokens_per_step, micro_batch = c.batch * c.seq_len, min(c.batch, c.micro_batch)
     steps = -(-c.tokens // tokens_per_step)
     # ---- data
-    tokenizer = get_tokenizer(c.init if c.init and c.tokenizer == Config.tokenizer else c.tokenizer)
+    tokenizer = get_tokenizer(c.tokenizer)
     sources = c.data or [embedded_corpus(tokenizer)]
     data = TokenData(token_files(sources, "train"), c.seq_len, tokenizer)
     data.positions(0, c.batch, c.seed)  # raises now if there is less than a batch
@@ -441,8 +444,8 @@ def train(c: Config, origin: dict[str, str]) -> Path:
     # ---- model and optimizer
     if c.init:
         model = OLMo2.load(c.init, device=device)
-        if model.config.vocab < tokenizer.vocab_size:
-            raise UserError(f"{c.init} has {model.config.vocab} embeddings, the tokenizer {tokenizer.name} {tokenizer.vocab_size} entries")
+        if get_tokenizer(c.init).fingerprint != tokenizer.fingerprint:
+            raise UserError(f"{c.init} was trained with another tokenizer than {c.tokenizer}: pass --tokenizer {c.init}, and data made with it")
     else:
         shape = dataclasses.replace(
             SIZES[c.size], vocab=tokenizer.padded_vocab_size, eos=tokenizer.eos, pad=tokenizer.pad, norm_position=c.norm_position,
