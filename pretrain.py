@@ -115,7 +115,7 @@ RECIPES: dict[str, dict] = {
     # Ours, for a laptop: see the README for what each choice was measured against. As in the release, the cosine's
     # horizon is a quarter beyond the end of the run.
     "tiny": dict(tokenizer="laptop", seq_len=128, batch=8, micro_batch=8, tokens=2500 * 1024, lr=1e-2, warmup=50 * 1024, embed_std=1.0,
-                 horizon=3125 * 1024, skip_sigma=6.0, save_every=625, keep=3, eval_every=625, val_tokens=32_768, log_every=50),
+                 horizon=3125 * 1024, skip_sigma=6.0, save_every=625, keep=3, eval_every=625, log_every=50),
 }
 # Ours, for the ladder, after OLMo's own (OLMo scripts/ladder.py): lr 4.7e-3 (N / 108M)^(-1/3) and 20 tokens per parameter.
 for name, millions in {"14M": 14, "30M": 30, "60M": 60, "190M": 190, "370M": 370, "760M": 760}.items():
