@@ -252,14 +252,18 @@ def token_files(paths: Iterable[str | Path], split: str) -> list[Path]:
     for path in map(Path, paths):
         if path.is_dir():
             inside = path / split if (path / split).is_dir() else path
+            if split == "val" and inside == path and (path / "train").is_dir():
+                raise UserError(f"{path} has no val/: it was made without held-out text")
             found = sorted(inside.glob("*.npy"))
             if not found:
                 raise UserError(f"{inside} holds no token file (.npy): make some with python data.py TEXT")
             files += found
-        elif path.exists():
-            files.append(path)
+        elif not path.exists():
+            raise UserError(f"{path} does not exist: expected token files (.npy) or folders made by data.py")
+        elif path.suffix != ".npy":
+            raise UserError(f"{path} is no token file (.npy): tokenise it first, with python data.py {path}")
         else:
-            raise UserError(f"{path} does not exist: --data takes token files (.npy) or folders made by data.py")
+            files.append(path)
     return files
 
 
@@ -320,7 +324,7 @@ class TokenData:
         batches = len(self) // rows
         if batches == 0:
             raise UserError(f"{len(self)} instances of {self.seq_len} tokens are fewer than one batch of {rows}: "
-                            f"give more data, or --batch {max(1, len(self))}")
+                            f"give more data, or {f'--batch {len(self)}' if len(self) else 'a smaller --seq-len'}")
         epoch, batch = divmod(step, batches)
         return self._order(seed, first_epoch + epoch)[batch * rows : (batch + 1) * rows]
 
@@ -551,7 +555,8 @@ def read_documents(path: Path, val_fraction: float, bar: tqdm) -> Iterator[tuple
     seen = 0
     if path.suffix == ".txt":
         text = path.read_text(encoding="utf-8", errors="replace")
-        cut = text.rfind("\n", 0, int(len(text) * (1 - val_fraction)) + 1) + 1 if val_fraction else len(text)
+        at = int(len(text) * (1 - val_fraction))
+        cut = (text.rfind("\n", 0, at) + 1 or at) if val_fraction else len(text)  # at the end of a line, if there is one
         yield from ((split, part) for split, part in (("train", text[:cut]), ("val", text[cut:])) if part.strip())
         bar.update(path.stat().st_size)
         return
@@ -647,7 +652,7 @@ def show(folder: Path, tokenizer: Tokenizer) -> None:
         print(f"{path.parent.name + '/' + path.stem:24}{s['documents']:>11,}{s['tokens']:>13,}{s['bytes']:>13,}{s['bytes'] / s['tokens']:>13.2f}")
     data = TokenData(token_files([folder], "train"), 128, tokenizer)
     if len(data):
-        print(f"first instance of 128 tokens:\n{tokenizer.decode(data.batch(0, 1, seed=6198)[0][0])!r}")
+        print(f"an instance of 128 tokens, the first in the shuffled order:\n{tokenizer.decode(data.batch(0, 1, seed=6198)[0][0])!r}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -106,6 +106,12 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"unknown task {', '.join(sorted(unknown))}: choose from bpb, {', '.join(TASKS)}")
     if config.questions < 1 or config.seq_len < 0:
         raise UserError(f"--questions {config.questions} must be at least 1, --seq-len {config.seq_len} at least 0")
+    if config.json:  # before the work, not after it
+        try:
+            Path(config.json).parent.mkdir(parents=True, exist_ok=True)
+            write_json(Path(config.json), {})
+        except OSError as error:
+            raise UserError(f"cannot write {config.json}: {error.strerror}") from None
     table = {path: evaluate(path, config) for path in config.models}
     width = max(len(path) for path in table)
     names = list(dict.fromkeys(name for columns in table.values() for name in columns))

@@ -331,6 +331,8 @@ class OLMo2(nn.Module):
         if not (temperature >= 0 and 0 < top_p <= 1 and top_k >= 0 and max_new_tokens >= 0):
             raise UserError(f"temperature {temperature}, top_k {top_k}, max_new_tokens {max_new_tokens} must be >= 0, "
                             f"top_p {top_p} in (0, 1]")
+        if min([seed] if isinstance(seed, int) else seed) < 0:
+            raise UserError(f"a seed must be at least 0, got {seed}")
         device, dtype = self.lm_head.weight.device, self.lm_head.weight.dtype
         # Row i's draws depend on its seed and the step alone: not on its neighbours, nor on the device.
         row_seeds = [[seed, i] for i in range(len(prompts))] if isinstance(seed, int) else seed
@@ -553,8 +555,10 @@ def find_weights(path: str | Path) -> tuple[Path, Path]:
     """(folder of config.json, folder of the safetensors files) of a run, a checkpoint or a Hugging Face directory."""
     path = Path(path)
     if not path.exists():
-        raise UserError(f"{path} does not exist: name a run (runs/tiny/pretrain), a checkpoint in it, or a Hugging Face directory")
-    for folder in (path, path / "hf"):
+        raise UserError(f"{path} does not exist: train a model first (python pretrain.py), or name a run, a checkpoint of one, or a "
+                        "Hugging Face directory")
+    states = sorted(path.glob("step*-tokens*"), key=lambda p: (len(p.name.split("-")[0]), p.name), reverse=True)
+    for folder in (path, path / "hf", *states):
         if (folder / "config.json").exists():
             return folder, folder / "model" if (folder / "model").is_dir() else folder
     raise UserError(f"{path} holds no model: expected config.json in it, or hf/ as in a run")

@@ -64,7 +64,7 @@ class Config:
     seq_len: Count = 4096  # tokens of an instance (paper Table 1)
     batch: Count = 512  # instances per optimizer step, over all processes
     micro_batch: Count = 4  # at most so many instances per forward and backward of a process; fewer take less memory, same result
-    tokens: Count = 0  # length of the run
+    tokens: Count = 0  # length of the run, rounded up to whole steps (the schedule does not follow: see horizon)
     seed: Count = 6198  # of the data order (official yamls)
     init_seed: Count = 6198  # of the random weights (official yamls)
     first_epoch: Count = 0  # index of the first epoch in the order's seed: OLMo 0, OLMo-core 1
@@ -473,6 +473,10 @@ def train(c: Config, origin: dict[str, str]) -> Path:
           f"the run sees them {steps * c.batch / len(data):.2f} times")
     print(f"batch     {c.batch} instances x {c.seq_len} tokens = {tokens_per_step:,} tokens per step "
           f"({c.batch // micro_batch} x {micro_batch}); {steps:,} steps = {steps * tokens_per_step:,} tokens")
+    if not val_files:
+        print("          no held-out text (val/ or --val): the run is not evaluated on the way")
+    if step > steps:
+        print(f"          the run is already {step:,} steps long; --tokens asks for {steps:,}")
     if wandb := start_wandb(c, run):
         print(f"wandb     {c.wandb}")
     if device.type == "cuda":
@@ -572,7 +576,10 @@ def train(c: Config, origin: dict[str, str]) -> Path:
     if stopped_by:
         print(f"stopped by {signal.Signals(stopped_by[0]).name} at step {step}, saved; the same command goes on from there", file=sys.stderr)
         sys.exit(128 + stopped_by[0])
-    finish(c, run, model, tokenizer, first_step == steps)
+    if not list((run / "hf").glob("*.safetensors")):  # someone removed them, and the run was finished
+        model.save(run / "hf")
+        tokenizer.save(run / "hf")
+    finish(c, run, model, tokenizer, first_step >= steps)
     return run
 
 

@@ -25,14 +25,16 @@ class Config:
     device: str = "auto"  # auto, cpu, mps, cuda
 
 
-def continue_text(model: OLMo2, tokenizer: Tokenizer, prompt: str, config: Config) -> None:
-    """Print the continuation as it is made. A character of several tokens appears when it is whole."""
+def continue_text(model: OLMo2, tokenizer: Tokenizer, prompt: str, config: Config, echo: str = "") -> None:
+    """Print `echo` and the continuation as it is made. A character of several tokens appears when it is whole."""
     # Models learn that a document follows an EOS: with no text to continue, that is what they get.
     prompt_ids = tokenizer.encode(prompt) or [tokenizer.eos]
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     steps = model.stream([prompt_ids], config.max_new_tokens, config.temperature, config.top_k, config.top_p,
                          tokenizer.eos, config.seed)
     for _, (token,), _ in steps:
+        print(echo, end="")
+        echo = ""
         if token != tokenizer.eos:
             print(decoder.decode(tokenizer.token_bytes(token)), end="", flush=True)
     print(decoder.decode(b"", final=True))
@@ -43,8 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     model = OLMo2.load(config.model, device=best_device(config.device))
     tokenizer = get_tokenizer(config.model)
     if config.prompt:
-        print(config.prompt, end="")
-        return continue_text(model, tokenizer, config.prompt, config)
+        return continue_text(model, tokenizer, config.prompt, config, echo=config.prompt)
     print(f"{config.model}: type the beginning of a text; an empty line ends.", file=sys.stderr)
     while True:
         try:

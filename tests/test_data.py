@@ -263,7 +263,7 @@ def test_your_own_text_in_every_format(tmp_path, monkeypatch, capsys):
     (folder / "ignored.md").write_text("no")
     module.main(["dump"])
     shown = capsys.readouterr().out
-    assert "train/dump-00000" in shown and "val/dump-00000" in shown and "first instance" in shown
+    assert "train/dump-00000" in shown and "val/dump-00000" in shown and "an instance of 128 tokens" in shown
     laptop = get_tokenizer("laptop")
     texts = {split: laptop.decode(np.fromfile(tmp_path / f"tokens/dump/{split}/dump-00000.npy", "<u4")).split("<|endoftext|>")[:-1]
              for split in ("train", "val")}
@@ -285,11 +285,15 @@ def test_bad_text_is_refused_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     (tmp_path / "empty.txt").write_text(" \n")
     assert "no text to train on" in fails(module.main, ["empty.txt"], capsys)
     assert "does not exist" in fails(module.main, ["nothing.txt"], capsys)
+    (tmp_path / "line.txt").write_text("no end of a line " * 100)
+    module.main(["line.txt"])
+    capsys.readouterr()
+    assert (tmp_path / "tokens/line/val").is_dir()
     (tmp_path / "x.md").write_text("x")
     assert "no .txt" in fails(module.main, ["x.md"], capsys)
     assert "val-fraction" in fails(module.main, ["bad.jsonl", "--val-fraction", "nan"], capsys)
     assert "no tokenizer 'gpt9'" in fails(module.main, ["bad.jsonl", "--tokenizer", "gpt9"], capsys)
-    assert not list((tmp_path / "tokens").glob("*")) and not list((tmp_path / "tokens").glob(".*"))
+    assert [p.name for p in (tmp_path / "tokens").glob("*")] == ["line"] and not list((tmp_path / "tokens").glob(".*"))
 
 
 @needs_shared

@@ -251,6 +251,8 @@ def test_rows_end_at_eos_at_the_limit_and_at_the_context(tmp_path):
     for prompts, words in (([[]], "at least one token"), ([[1] * 128], "no room"), ([], "at least one")):
         with pytest.raises(UserError, match=words):
             network.generate(prompts, 5)
+    with pytest.raises(UserError, match="seed must be at least 0"):
+        network.generate([[1]], 5, seed=-1)
     with pytest.raises(UserError, match="top_p 0"):
         network.generate([[1]], 5, top_p=0)
 

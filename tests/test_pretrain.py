@@ -153,6 +153,10 @@ def test_the_same_command_again_finds_it_finished(finished, here, capsys):
     before = rows_of(finished)
     run(finished, 16)
     assert "was finished already" in capsys.readouterr().out and rows_of(finished) == before
+    shutil.rmtree(finished / "hf")
+    from_state = OLMo2.load(finished)  # without hf/, a run's newest state serves
+    run(finished, 16)  # and hf/ is made again
+    assert torch.equal(OLMo2.load(finished / "hf").lm_head.weight, from_state.lm_head.weight)
     line = fails(module.main, [*SHORT, "--tokens", "2048", "--horizon", "4096", "--out", str(finished), "--lr", "0.1", "--seed", "7"], capsys)
     assert "lr 0.01 -> 0.1" in line and "seed 6198 -> 7" in line and "--out" in line
     assert rows_of(finished) == before
@@ -306,6 +310,10 @@ def test_non_finite_steps_are_skipped_and_an_endless_row_of_them_ends_the_run(he
     ("--out /proc/nothing/run", "cannot write to /proc/nothing/run"),
     ("--init tokens", "tokens"),
     ("--device tpu", "no device 'tpu'"),
+    ("--data tokens/embedded-laptop/corpus.json", "tokenise it first, with python data.py"),
+    ("--data tokens/embedded-laptop --seq-len 1e7", "a smaller --seq-len"),
+    ("--val nothing", "nothing does not exist"),
+    ("--seed -1", "--seed -1 must be at least 0"),
 ])
 def test_bad_input(flags, words, here, capsys):
     assert words in fails(module.main, flags.split(), capsys)
