@@ -26,7 +26,7 @@ import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Iterable, Iterator
+from typing import Iterable, Iterator
 
 import numpy as np
 import tiktoken

@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
     if config.json:  # before the work, not after it
         try:
             Path(config.json).parent.mkdir(parents=True, exist_ok=True)
-            write_json(Path(config.json), {})
+            open(config.json, "a").close()  # what stands there stays until there is something better
         except OSError as error:
             raise UserError(f"cannot write {config.json}: {error.strerror}") from None
     table = {path: evaluate(path, config) for path in config.models}

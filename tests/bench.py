@@ -19,8 +19,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 def measure(side: str, large: bool, steps: int) -> dict:
-    import dataclasses
-
     import torch
 
     from model import SIZES, ModelConfig, OLMo2

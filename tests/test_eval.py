@@ -77,6 +77,10 @@ def test_bad_input(here, tmp_path, capsys):
     assert "holds no model" in fails(module.main, [str(tmp_path)], capsys)
     OLMo2(SIZES["tiny"]).save(tmp_path / "m")
     assert "tokenizer.json is missing" in fails(module.main, [str(tmp_path / "m")], capsys)
+    (tmp_path / "old.json").write_text("scores of last week")
+    fails(module.main, [str(tmp_path / "none"), "--json", str(tmp_path / "old.json")], capsys)
+    assert (tmp_path / "old.json").read_text() == "scores of last week"
+    assert "cannot write /proc/none/x.json" in fails(module.main, [str(tmp_path / "m"), "--json", "/proc/none/x.json"], capsys)
     assert "no device 'tpu'" in fails(module.main, [str(tmp_path / "m"), "--device", "tpu"], capsys)
 
 

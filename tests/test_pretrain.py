@@ -1,5 +1,4 @@
 """pretrain.py: its schedule against the published rates, its states against damage, its runs against interruption."""
-import dataclasses
 import doctest
 import json
 import math
@@ -20,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import pretrain as module
 import sample
 from data import get_tokenizer
-from model import SIZES, OLMo2, UserError
+from model import SIZES, OLMo2
 from pretrain import RECIPES, Config, SkipStep, check, find_damage, list_states, lr_at, newest_state, read_flags, read_metrics
 
 SHORT = "--seq-len 32 --batch 4 --threads 1 --save-every 8 --eval-every 8 --val-tokens 512 --log-every 4 --warmup 512 --data tokens/embedded-laptop".split()
