@@ -18,25 +18,32 @@ import tyro
 from tqdm import tqdm
 
 from data import TASKS, TokenData, Tokenizer, embedded_corpus, get_tokenizer, make_targets, task_items, token_files
-from model import OLMo2, UserError, best_device, run_cli, write_json
+from model import OLMo2, UserError, best_device, from_all, rank_and_world, run_cli, write_json
 
 
 @torch.no_grad()
-def bits_per_byte(model: OLMo2, data: TokenData, max_tokens: int | None = None, batch: int = 32) -> float:
+def bits_per_byte(model: OLMo2, data: TokenData, max_tokens: int | None = None, batch_tokens: int = 8192) -> float:
     """Cross-entropy in bits over bytes, on the first `max_tokens` tokens of `data` (None: all), in file order.
 
-    Every instance is scored alone: its first token is given and not scored, so T - 1 targets per instance.
+    Every instance is scored alone: its first token is given and not scored, so T - 1 targets per instance. Under torchrun
+    the ranks share the instances, and all get the result.
     """
     device = model.lm_head.weight.device
     count = len(data) if max_tokens is None else min(len(data), max(1, max_tokens // data.seq_len))
     if count == 0:
         raise UserError(f"the held-out files hold no instance of {data.seq_len} tokens: {', '.join(map(str, data.files))}")
+    (rank, world), batch = rank_and_world(), max(1, batch_tokens // data.seq_len)
     nats, n_bytes = 0.0, 0
-    for i in range(0, count, batch):
-        tokens = np.stack([data.instance(j) for j in range(i, min(i + batch, count))])
-        ce_sum, _, _ = model.loss(torch.from_numpy(tokens).to(device), torch.from_numpy(make_targets(tokens)).to(device))
+    for i in range(0, count, batch * world):  # the same number of forwards on every rank, as FSDP needs it
+        mine = range(i, min(i + batch * world, count))[rank::world]
+        tokens = np.stack([data.instance(j) for j in mine or [0]])
+        targets = make_targets(tokens)
+        if not mine:
+            targets[:] = -100
+        ce_sum, _, _ = model.loss(torch.from_numpy(tokens).to(device), torch.from_numpy(targets).to(device))
         nats += ce_sum.item()
-        n_bytes += int(data.tokenizer.byte_counts[tokens[:, 1:]].sum())
+        n_bytes += int(data.tokenizer.byte_counts[tokens[:, 1:]].sum()) if mine else 0
+    nats, n_bytes = (sum(values) for values in zip(*from_all((nats, n_bytes))))
     return nats / math.log(2) / n_bytes
 
 
@@ -66,7 +73,7 @@ def accuracy(model: OLMo2, tokenizer: Tokenizer, task: str, count: int = 500, se
     """Share of `count` held-out items of `task` that the model answers exactly, greedily, in at most 48 tokens."""
     items = list(task_items(task, "val", count, seed))
     right = 0
-    for i in tqdm(range(0, count, batch), desc=task, leave=False):
+    for i in tqdm(range(0, count, batch), desc=task, leave=False, disable=rank_and_world()[0] > 0):
         part = items[i : i + batch]
         answers, _ = model.generate([tokenizer.encode(item["prompt"]) for item in part], 48, temperature=0, eos=tokenizer.eos)
         right += sum(is_right(task, tokenizer.decode(t for t in answer if t != tokenizer.eos), item["gold"])

@@ -32,20 +32,60 @@ import torch
 import torch.nn.functional as F
 import tyro
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
 class UserError(ValueError):
     """What a person got wrong, in one line: the value, the rule, and what to type next."""
 
+    def __init__(self, text: str, everywhere: bool = False):
+        super().__init__(text)
+        self.everywhere = everywhere  # all ranks raise it, so that one prints it
+
 
 def run_cli(main) -> None:
-    """Run a script's `main()`: a UserError becomes one line on standard error and exit status 2."""
+    """Run a script's `main()`: a UserError becomes one line on standard error, however many ranks there are, and exit status 2."""
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", 0))
+        alone = distributed.is_initialized() and not error.everywhere  # before they meet, all ranks read the same command line
+        if rank == 0 or alone:
+            print(f"{f'rank {rank}: ' if rank else ''}error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def rank_and_world() -> tuple[int, int]:
+    """(number of this process, number of processes); (0, 1) without a process group."""
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
+def from_all(value, group=None) -> list:
+    """The values of all ranks, by rank."""
+    values = [value]
+    if distributed.is_initialized():
+        values = [None] * distributed.get_world_size()
+        distributed.all_gather_object(values, value, group)
+    return values
+
+
+def together(work, group=None):
+    """Run `work()` on every rank; returns its result here. A UserError, or the system's, on one rank is raised on all."""
+    result, problem = None, None
+    try:
+        result = work()
+    except (UserError, OSError) as error:
+        problem = str(error)
+    problems: dict[str, list[int]] = {}
+    for rank, text in enumerate(from_all(problem, group)):
+        if text:
+            problems.setdefault(text, []).append(rank)
+    if problems:
+        raise UserError("; ".join(text if 0 in ranks else f"rank {', '.join(map(str, ranks[:8]))}: {text}" for text, ranks in problems.items()),
+                        everywhere=True)
+    return result
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -283,20 +323,27 @@ class OLMo2(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Truncated normals, cut at three standard deviations; norms start at 1 (paper section 3.2).
 
-        Each parameter has a generator of its own, seeded by its name: the same weights on any device, at any world size.
+        Each parameter has a stream of random numbers of its own, seeded by its name, and element i takes the i-th: the same
+        weights on any device, at any world size and sharding, and a rank draws no more than its own part.
         """
         for name, parameter in self.named_parameters():
+            part, start = local_part(parameter)
             if parameter.ndim == 1:
-                parameter.fill_(1.0)
+                part.fill_(1.0)
                 continue
             std = self.config.embed_std if "embed_tokens" in name else 0.02
             if self.config.init == "olmo0424":  # 1/sqrt(fan-in); outputs of a block also 1/sqrt(2 * layer), from 1
                 std = 1 / math.sqrt(self.config.d_model if "embed_tokens" in name else parameter.shape[1])
                 if "o_proj" in name or "down_proj" in name:
                     std /= math.sqrt(2 * (int(name.split(".")[2]) + 1))
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # it reads 32 bits
-            drawn = torch.empty(parameter.shape)  # on the CPU, whose generator gives the same numbers everywhere
-            parameter.copy_(nn.init.trunc_normal_(drawn, 0.0, std, -3 * std, 3 * std, generator=generator))
+            cut = math.erf(3 / math.sqrt(2))
+            for i in range(0, part.numel(), 2**24):  # a piece at a time: 64 MiB
+                piece = part.view(-1)[i : i + 2**24]
+                stream = np.random.PCG64([seed, zlib.crc32(name.encode())]).advance((start + i) // 2)  # one draw makes two numbers
+                odd = (start + i) % 2
+                uniform = np.random.Generator(stream).random(piece.numel() + odd, np.float32)[odd:]
+                drawn = torch.from_numpy(uniform).mul_(2 * cut).sub_(cut).erfinv_().mul_(std * math.sqrt(2))  # the inverse of the normal's CDF
+                piece.copy_(drawn.clamp_(-3 * std, 3 * std))
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.lm_head(self.model(tokens)).float()
@@ -310,8 +357,6 @@ class OLMo2(nn.Module):
         Source: paper section 3.3.3; OLMo-core nn/functional/cross_entropy_loss.py.
         """
         hidden = self.model(tokens)
-        if torch.is_autocast_enabled(hidden.device.type):
-            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         ce_sum, z_sum = ChunkedLoss.apply(
             rearrange(hidden, "b t d -> (b t) d"), self.lm_head.weight, targets.flatten(), z_loss, torch.is_grad_enabled())
         return ce_sum, z_sum, (targets != -100).sum()
@@ -392,47 +437,8 @@ class OLMo2(nn.Module):
     # ---- weights in and out
 
     def save(self, path: str | Path, shard_bytes: int = 5 * 10**9) -> None:
-        """Write a Hugging Face directory: config.json, generation_config.json, and the weights in this model's dtype,
-        in one file or, beyond `shard_bytes`, in several with an index. The tokenizer adds its own files (data.py).
-
-        transformers opens it as Olmo2ForCausalLM; an ablated model, which that class is not, gets a type of its own.
-        """
-        from safetensors.torch import save_file
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        tensors = {name: p.detach().cpu().contiguous() for name, p in self.named_parameters()}
-        shards: list[list[str]] = [[]]
-        for name, tensor in tensors.items():
-            if shards[-1] and sum(tensors[n].nbytes for n in shards[-1]) + tensor.nbytes > shard_bytes:
-                shards.append([])
-            shards[-1].append(name)
-        files = {"model.safetensors": shards[0]} if len(shards) == 1 else {
-            f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
-        for file, names in files.items():  # each file whole or not at all: written aside, then renamed
-            save_file({n: tensors[n] for n in names}, path / (file + ".tmp"), metadata={"format": "pt"})
-            os.replace(path / (file + ".tmp"), path / file)
-        if len(files) > 1:
-            write_json(path / "model.safetensors.index.json", {
-                "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
-                "weight_map": {name: file for file, names in files.items() for name in names}})
-        for stale in path.glob("model*.safetensors*"):  # of an earlier save with another number of files
-            if stale.name not in files and not (len(files) > 1 and stale.name == "model.safetensors.index.json"):
-                stale.unlink()
-        self.save_config(path)
-
-    def save_config(self, path: Path) -> None:
-        """The two config files of a Hugging Face directory."""
-        c = self.config
-        ablations = {f.name: getattr(c, f.name) for f in dataclasses.fields(c)
-                     if f.name in ABLATIONS and getattr(c, f.name) != f.default}
-        olmo2 = {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"}
-        write_json(path / "config.json", {
-            **({"architectures": ["OLMo2Ablation"], "model_type": "olmo2-ablation"} if ablations else olmo2),
-            **{theirs: getattr(c, ours) for theirs, ours in HF_KEYS.items()}, **FIXED_KEYS, **ablations,
-            "bos_token_id": None, "initializer_range": 0.02, "use_cache": True,
-            "torch_dtype": str(self.lm_head.weight.dtype).removeprefix("torch.")})
-        write_json(path / "generation_config.json", {
-            "_from_model_config": True, "bos_token_id": None, "eos_token_id": c.eos, "pad_token_id": c.pad})
+        """Write a Hugging Face directory in this model's dtype, see `write_weights`; the tokenizer adds its own files (data.py)."""
+        write_weights(Path(path), self.config, {name: p.detach() for name, p in self.named_parameters()}, shard_bytes)
 
     @classmethod
     def load(cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> "OLMo2":
@@ -446,6 +452,41 @@ class OLMo2(nn.Module):
         model = model.to(dtype).to_empty(device=device)
         load_tensors(weights, {name: p.detach() for name, p in model.named_parameters()})
         return model
+
+
+def local_part(tensor: Tensor) -> tuple[Tensor, int]:
+    """The part of a tensor that this rank holds, and the index of its first element in the whole, flattened.
+
+    FSDP shards the first dimension, so that a part is one run of the whole.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor, 0
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tensor.to_local(), offset[0] * math.prod(tensor.shape[1:])
+
+
+@torch.no_grad()
+def checksum(tensors: dict[str, Tensor]) -> str:
+    """12 hex digits of the bits of fp32 tensors, the same at any world size and sharding.
+
+    Per tensor the sum over elements of (bits x (2 index + 1)) modulo 2^64, where two bits that change places show; the
+    shards add up over the mesh. Each replica makes its own: compare them, see pretrain.py's self_check.
+    """
+    sums, mesh = [], next((t.device_mesh for t in tensors.values() if isinstance(t, DTensor)), None)
+    shard = mesh.get_local_rank("shard") if mesh else 0
+    for tensor in tensors.values():
+        part, start = local_part(tensor)
+        total = torch.zeros((), dtype=torch.int64, device=part.device)
+        if isinstance(tensor, DTensor) or shard == 0:  # what is not sharded counts once
+            for i in range(0, part.numel(), 2**22):
+                bits = part.reshape(-1)[i : i + 2**22].view(torch.int32).long()
+                index = torch.arange(start + i, start + i + len(bits), device=bits.device)
+                total += (bits * (2 * index + 1)).sum()  # int64 wraps around
+        sums.append(total)
+    sums = torch.stack([s.to(sums[0].device) for s in sums])
+    if mesh:
+        distributed.all_reduce(sums, group=mesh.get_group("shard"))
+    return hashlib.sha256(json.dumps(dict(zip(tensors, sums.tolist()))).encode()).hexdigest()[:12]
 
 
 def pick(log_probs: Tensor, draw: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
@@ -529,6 +570,58 @@ FIXED_KEYS = {"hidden_act": "silu", "attention_bias": False, "attention_dropout"
 ABLATIONS = ("norm_position", "qk_norm", "norm")  # those that change the forward pass
 
 
+def write_weights(path: Path, config: ModelConfig, tensors: dict[str, Tensor], shard_bytes: int = 5 * 10**9, state: Path | None = None) -> None:
+    """Write a Hugging Face directory: config.json, generation_config.json, and the weights, in one file or, beyond
+    `shard_bytes`, in several with an index. transformers opens it as Olmo2ForCausalLM.
+
+    With `state`, the values come from that folder's safetensors files, a file's worth at a time and each file by one rank:
+    so a model that is spread over many processes is written without any of them ever holding it.
+    """
+    from safetensors.torch import save_file
+    rank, world = rank_and_world()
+    path.mkdir(parents=True, exist_ok=True)
+    shards: list[list[str]] = [[]]
+    for name, tensor in tensors.items():
+        if shards[-1] and sum(tensors[n].nbytes for n in shards[-1]) + tensor.nbytes > shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    files = {"model.safetensors": shards[0]} if len(shards) == 1 else {
+        f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+    for file, names in list(files.items())[rank::world]:  # each file whole or not at all: written aside, then renamed
+        if state:
+            content = {n: torch.empty(tensors[n].shape, dtype=tensors[n].dtype) for n in names}
+            read_tensors(state, content, no_dist=True)
+        else:
+            content = {n: tensors[n].cpu().contiguous() for n in names}
+        save_file(content, path / (file + ".tmp"), metadata={"format": "pt"})
+        os.replace(path / (file + ".tmp"), path / file)
+    if rank:
+        return
+    if len(files) > 1:
+        write_json(path / "model.safetensors.index.json", {
+            "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+            "weight_map": {name: file for file, names in files.items() for name in names}})
+    else:
+        (path / "model.safetensors.index.json").unlink(missing_ok=True)
+    for stale in path.glob("model*.safetensors"):  # of an earlier save with another number of files
+        if stale.name not in files:
+            stale.unlink()
+    write_config(path, config, next(iter(tensors.values())).dtype)
+
+
+def write_config(path: Path, c: ModelConfig, dtype: torch.dtype) -> None:
+    """The two config files of a Hugging Face directory. An ablated model, which Olmo2 is not, gets a type of its own."""
+    ablations = {f.name: getattr(c, f.name) for f in dataclasses.fields(c)
+                 if f.name in ABLATIONS and getattr(c, f.name) != f.default}
+    olmo2 = {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"}
+    write_json(path / "config.json", {
+        **({"architectures": ["OLMo2Ablation"], "model_type": "olmo2-ablation"} if ablations else olmo2),
+        **{theirs: getattr(c, ours) for theirs, ours in HF_KEYS.items()}, **FIXED_KEYS, **ablations,
+        "bos_token_id": None, "initializer_range": 0.02, "use_cache": True, "torch_dtype": str(dtype).removeprefix("torch.")})
+    write_json(path / "generation_config.json", {
+        "_from_model_config": True, "bos_token_id": None, "eos_token_id": c.eos, "pad_token_id": c.pad})
+
+
 def write_json(path: Path, value) -> None:
     """Write whole or not at all: aside, then renamed."""
     aside = path.with_name(path.name + ".tmp")
@@ -586,11 +679,16 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
 
     Raises UserError where `check_tensors` does. The reader is torch's, which slices and reshards but checks little.
     """
+    together(lambda: check_tensors(folder, tensors) if rank_and_world()[0] == 0 else None)
+    read_tensors(folder, tensors)
+
+
+def read_tensors(folder: Path, tensors: dict[str, Tensor], no_dist: bool = False) -> None:
+    """Fill `tensors`, whole or sharded, without a check; `no_dist`: this rank alone, else all ranks together."""
     from torch.distributed import checkpoint as dcp
-    check_tensors(folder, tensors)
     try:
         with one_process_is_fine():
-            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=no_dist)
     except dcp.api.CheckpointException as error:
         raise UserError(f"the weights in {folder} cannot be read: {str(error).strip().splitlines()[-1]}") from None
 

@@ -3,7 +3,9 @@
     python pretrain.py                                        # laptop: the embedded corpus, about 3 minutes on 2 cores
     python pretrain.py --data tokens/shakespeare --out runs/shakespeare             # your own text (data.py makes tokens)
     python pretrain.py --size 190M --data tokens/mine                               # one GPU: bf16, fp32 master weights
+    torchrun --nproc-per-node 8 pretrain.py --size 7B --data tokens/mine            # one node; many: see the README
     python pretrain.py --size 7B --help                                             # the published values of a size
+    python pretrain.py --size 32B --gpus 1024 --plan                                # memory, communication and speed, without a GPU
 
 What this stage teaches: AdamW as OLMo 2 sets it (everything decays but the input embedding), a cosine whose horizon lies
 beyond the end of the run (stage 2 goes on from the rate where this one stops), SkipStep, and a run that can be killed at
@@ -12,30 +14,50 @@ any moment. The same command again goes on from the newest good state, bit for b
 A run is a folder, runs/<size>/pretrain: run.json (every value and where it came from), metrics.jsonl (one object per
 step), curves.png, step<N>-tokens<T>/ (training states) and hf/ (the weights, for transformers, sample.py and eval.py).
 """
+import contextlib
 import dataclasses
+import datetime
 import difflib
+import functools
+import hashlib
 import json
 import math
 import os
 import platform
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections import deque
+import warnings
+import weakref
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import tyro
+from safetensors import SafetensorError
+from torch import Tensor, distributed
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
 
 from data import TokenData, Tokenizer, embedded_corpus, get_tokenizer, make_folder, token_files
 from eval import accuracy, bits_per_byte_by_source
-from model import (SIZES, OLMo2, UserError, best_device, check_tensors, load_tensors, one_process_is_fine, peak_flops, read_config,
-                   read_json, run_cli, sha256, write_json)
+from model import (PEAK_FLOPS, SIZES, ChunkedLoss, ModelConfig, OLMo2, UserError, best_device, check_tensors, checksum, find_weights,
+                   from_all, load_tensors, one_process_is_fine, peak_flops, rank_and_world, read_config, read_json, run_cli, sha256,
+                   together, write_config, write_json, write_weights)
 
 
 def parse_count(text: str) -> int:
@@ -93,25 +115,41 @@ class Config:
     eval_every: Count = 1000  # steps between evaluations and samples
     val_tokens: Count = 131_072  # held-out tokens per source, always the same ones
     log_every: Count = 10  # steps between lines on the terminal (metrics.jsonl has every step)
-    sample: str = "The"  # text that the samples continue
+    sample: str = "The"  # text that the samples continue; none: no samples
     wandb: str = ""  # Weights & Biases project; none: nothing is sent
-    # ---- machine
+    # ---- machines
     device: str = "auto"  # auto, cpu, mps, cuda
     threads: Count = 0  # CPU threads (they change the last bits of sums); 0: torch's choice
     compile: bool = False  # torch.compile each block: slow start, faster steps
+    shard: Count = 0  # at most so many processes share one copy of the weights (FSDP), the others hold replicas (HSDP); 0: all share one
+    reshard: bool = True  # free a block's gathered weights between its forward and its backward (ZeRO-3); no: keep them (ZeRO-2)
+    recompute: float = 0.0  # activation checkpointing: share of the blocks that run their forward again in the backward pass
+    recompute_part: str = "block"  # block, mlp: what of such a block runs again
+    async_save: bool = False  # write states while training goes on; takes CPU memory for a copy
+    timeout: Count = 600  # seconds that a process waits for another one before it gives up
+    # ---- planning
+    plan: bool = False  # train nothing: print what --gpus of these would need and do
+    gpus: Count = 1  # of the plan, H100
+    gpu_memory: float = 80.0  # GiB of one, of the plan
 
 
 # Published values: official yamls and launch scripts of OLMo (1B, 7B, 13B) and OLMo-core (32B); paper Table 3. Where the
 # sources disagree: the 13B ran at 9e-4 (paper Table 3 and its launch script; the yaml says 3e-4), and 1B to 13B warmed up
 # over 8.39B tokens (yamls; the paper says 2,000 steps). Steps are those of the last released stage-1 checkpoint.
+# Layouts (launch scripts): 1B and 13B sharded within a node of 8, the 7B's 512 GPUs held 2 replicas, the 32B's 1,024 held 4; 32B
+# recomputed the MLPs there, whole blocks on fewer GPUs.
 LARGE = dict(compile=True, sample="The meaning of life is")
 RECIPES: dict[str, dict] = {
-    "1B": dict(LARGE, lr=4e-4, batch=512, micro_batch=4, tokens=1_907_359 * 512 * 4096),  # 4.0T
-    "7B": dict(LARGE, lr=3e-4, batch=1024, micro_batch=2, tokens=928_646 * 1024 * 4096),  # 3.9T, one epoch
-    "13B": dict(LARGE, lr=9e-4, batch=2048, micro_batch=2, tokens=596_057 * 2048 * 4096),  # 5.0T
+    "1B": dict(LARGE, lr=4e-4, batch=512, micro_batch=4, tokens=1_907_359 * 512 * 4096,  # 4.0T
+               shard=8, reshard=False),
+    "7B": dict(LARGE, lr=3e-4, batch=1024, micro_batch=2, tokens=928_646 * 1024 * 4096,  # 3.9T, one epoch
+               shard=256, recompute=0.25),
+    "13B": dict(LARGE, lr=9e-4, batch=2048, micro_batch=2, tokens=596_057 * 2048 * 4096,  # 5.0T
+                shard=8, recompute=0.5),
     "32B": dict(LARGE, lr=6e-4, batch=2048, micro_batch=2, tokens=721_901 * 2048 * 4096,  # 6.1T
                 warmup=2000 * 2048 * 4096, horizon=774_861 * 2048 * 4096,  # 2,000 steps; 6.5T
-                seed=34_521, init_seed=12_536, first_epoch=1, skip_sigma=6.0, mask_repeats=False),
+                seed=34_521, init_seed=12_536, first_epoch=1, skip_sigma=6.0, mask_repeats=False,
+                shard=256, recompute=1.0, recompute_part="mlp"),
     # Ours, for a laptop: see the README for what each choice was measured against. As in the release, the cosine's
     # horizon is a quarter beyond the end of the run.
     "tiny": dict(tokenizer="laptop", seq_len=128, batch=8, micro_batch=8, tokens=2500 * 1024, lr=1e-2, warmup=50 * 1024, embed_std=1.0,
@@ -123,8 +161,10 @@ for name, millions in {"14M": 14, "30M": 30, "60M": 60, "190M": 190, "370M": 370
                          horizon=25_000_000 * millions, lr=round(4.7e-3 * (millions / 108) ** (-1 / 3), 5), skip_sigma=6.0,
                          save_every=500, keep=3, eval_every=500)
 
-MAY_CHANGE = {"tokens", "val", "save_every", "keep", "eval_every", "val_tokens", "log_every", "sample", "wandb", "device",
-              "threads", "compile", "out", "data"}  # on resuming; the data must still be the same ones (their hash is compared)
+MAY_CHANGE = {"tokens", "val", "save_every", "keep", "eval_every", "val_tokens", "log_every", "sample", "wandb", "out",
+              "data",  # on resuming; the data must still be the same ones (their hash is compared)
+              "device", "threads", "compile", "micro_batch", "shard", "reshard", "recompute", "recompute_part",  # change the last bits
+              "async_save", "timeout", "plan", "gpus", "gpu_memory"}
 
 
 def read_flags(arguments: list[str] | None) -> tuple[Config, dict[str, str]]:
@@ -136,7 +176,8 @@ def read_flags(arguments: list[str] | None) -> tuple[Config, dict[str, str]]:
         close = difflib.get_close_matches(size, SIZES, 1, cutoff=0.3)
         raise UserError(f"unknown size {size!r}: {f'did you mean {close[0]}? ' if close else ''}sizes are {', '.join(SIZES)}")
     recipe = Config(size=size, **RECIPES[size])
-    config = tyro.cli(Config, default=recipe, args=arguments, description=__doc__)
+    with one_voice(errors=True):
+        config = tyro.cli(Config, default=recipe, args=arguments, description=__doc__)
     origin = {f.name: "flag" if getattr(config, f.name) != getattr(recipe, f.name) else
               f"recipe {size}" if f.name in RECIPES[size] else "default" for f in dataclasses.fields(Config)}
     return config, origin
@@ -146,25 +187,162 @@ def check(c: Config) -> None:
     """Raise UserError with every value that is out of range (NaN is), before anything is made."""
     rules = [(f"--{name.replace('_', '-')} {getattr(c, name)} must be {words}", holds(getattr(c, name)))
              for names, words, holds in [
-                 ("seq_len batch micro_batch tokens horizon save_every eval_every log_every val_tokens", "at least 1", lambda v: v >= 1),
-                 ("warmup seed init_seed first_epoch keep threads weight_decay z_loss skip_sigma", "at least 0", lambda v: 0 <= v < math.inf),
-                 ("lr clip eps embed_std", "above 0", lambda v: 0 < v < math.inf),
+                 ("seq_len batch micro_batch tokens horizon save_every eval_every log_every val_tokens timeout gpus", "at least 1", lambda v: v >= 1),
+                 ("warmup seed init_seed first_epoch keep threads shard weight_decay z_loss skip_sigma", "at least 0", lambda v: 0 <= v < math.inf),
+                 ("lr clip eps embed_std gpu_memory", "above 0", lambda v: 0 < v < math.inf),
+                 ("recompute", "from 0 to 1", lambda v: 0 <= v <= 1),
                  ("lr_floor beta1 beta2", "from 0 to below 1", lambda v: 0 <= v < 1)] for name in names.split()]
     rules += [(f"--norm-position {c.norm_position} must be reordered or pre", c.norm_position in ("reordered", "pre")),
               (f"--norm {c.norm} must be rms or layernorm", c.norm in ("rms", "layernorm")),
               (f"--init-scheme {c.init_scheme} must be olmo2 or olmo0424", c.init_scheme in ("olmo2", "olmo0424")),
+              (f"--recompute-part {c.recompute_part} must be block or mlp", c.recompute_part in ("block", "mlp")),
               (f"--seq-len {c.seq_len} must be at least 2: a token and the next", c.seq_len >= 2)]
     if problems := [text for text, holds in rules if not holds]:
         raise UserError("; ".join(problems))
-    if c.batch % min(c.batch, c.micro_batch):
-        below = c.batch // c.micro_batch * c.micro_batch
-        raise UserError(f"--batch {c.batch} = {c.batch / c.micro_batch:.2f} x --micro-batch {c.micro_batch} does not divide: "
-                        f"use --batch {' or '.join(str(b) for b in (below, below + c.micro_batch) if b)}")
+    layout(c, c.gpus if c.plan else int(os.environ.get("WORLD_SIZE", 1)))
+    if c.plan:
+        return
     if not c.data and c.size in ("1B", "7B", "13B", "32B"):
         raise UserError(f"--size {c.size} needs --data: the token files of OLMo-mix-1124 (the Hub's allenai/olmo-mix-1124, "
                         "tokenised by: python data.py FOLDER --tokenizer olmo2), or your own")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("more than one process is not supported yet: start pretrain.py without torchrun")
+
+
+def layout(c: Config, world: int) -> tuple[int, int, int]:
+    """(processes per copy of the weights, instances per process and step, of these per forward). UserError: what does not divide."""
+    micro_batch = min(c.micro_batch, max(1, c.batch // world))
+    unit = world if c.batch % world else world * micro_batch
+    if c.batch % unit:
+        below = c.batch // unit * unit
+        parts = f"{world} processes" if unit == world else f"{f'{world} processes x ' if world > 1 else ''}--micro-batch {micro_batch}"
+        raise UserError(f"--batch {c.batch} = {c.batch / unit:.2f} x {parts} does not divide: "
+                        f"use --batch {' or '.join(str(b) for b in (below, below + unit) if b)}")
+    shard = min(c.shard or world, world)
+    if world % shard:
+        near = [n for n in range(world, 0, -1) if world % n == 0]
+        raise UserError(f"{world} processes = {world / shard:.2f} x --shard {shard} does not divide: use --shard "
+                        f"{next(n for n in near if n < shard)} or {min(n for n in near if n > shard)}")
+    return shard, c.batch // world, micro_batch
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Many processes: torch.distributed and FSDP2
+
+
+@contextlib.contextmanager
+def one_voice(errors: bool = False):
+    """Ranks other than 0 print nothing, and with `errors` not even on standard error: all ranks would say the same."""
+    with contextlib.ExitStack() as quiet:
+        if int(os.environ.get("RANK", 0)):
+            nowhere = quiet.enter_context(open(os.devnull, "w"))
+            quiet.enter_context(contextlib.redirect_stdout(nowhere))
+            if errors:
+                quiet.enter_context(contextlib.redirect_stderr(nowhere))
+        yield
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """The sum over ranks, in place."""
+    if distributed.is_initialized():
+        distributed.all_reduce(values)
+    return values
+
+
+def start_ranks(c: Config) -> torch.device:
+    """Meet the other processes of a torchrun, if this is one; returns this process' device. Raises UserError.
+
+    On CUDA a single process is a world of one, so that there is one way to compute in bf16; on a CPU it stays plain.
+    """
+    device, env = best_device(c.device), os.environ
+    if "RANK" not in env and device.type != "cuda":
+        return device
+    rank, world, local = (int(env.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if device.type == "mps":
+        raise UserError("torchrun on a Mac needs --device cpu")
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(f"{local + 1} processes or more on a node with {torch.cuda.device_count()} GPUs: lower --nproc-per-node")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    store = distributed.HashStore()
+    if "RANK" in env:
+        # torchrun may lend us its own store, which outlives a restart: what the dead processes left there must not be read.
+        lent, one_node = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True", env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE")
+        if lent and not one_node and int(env.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+            raise UserError("torchrun on several nodes can restart (--max-restarts) only with a store of each attempt's own: "
+                            "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun")
+        wait = datetime.timedelta(seconds=c.timeout)
+        try:
+            store = distributed.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=rank == 0 and not lent, timeout=wait)
+        except (KeyError, RuntimeError) as error:
+            raise UserError(f"rank {rank} of {world} did not reach rank 0 at {env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')} "
+                            f"within {c.timeout} s ({str(error).splitlines()[0]}): start with torchrun, and see whether rank 0 lives") from None
+        store = distributed.PrefixStore(f"attempt {env.get('TORCHELASTIC_RESTART_COUNT', 0) if lent else 0}", store)
+        store.set(f"rank {rank}", socket.gethostname())
+        try:
+            store.wait([f"rank {r}" for r in range(world)], wait)
+        except RuntimeError:
+            missing = [str(r) for r in range(world) if not store.check([f"rank {r}"])]
+            raise UserError(f"rank {', '.join(missing[:8])} of {world} did not come within {c.timeout} s: look at what it says, and whether "
+                            "its node is up; --timeout changes the wait") from None
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
+                                   timeout=datetime.timedelta(seconds=c.timeout), device_id=device if device.type == "cuda" else None)
+    return device
+
+
+def make_mesh(c: Config, device: torch.device) -> DeviceMesh | None:
+    """None for one plain process; one dimension for FSDP; replicas x shards for HSDP."""
+    if not distributed.is_initialized():
+        return None
+    world = distributed.get_world_size()
+    shard, _, _ = layout(c, world)
+    sizes, names = ((world // shard, shard), ("replicate", "shard")) if shard < world else ((shard,), ("shard",))
+    return init_device_mesh(device.type, sizes, mesh_dim_names=names)
+
+
+def prepare(model: OLMo2, c: Config, mesh: DeviceMesh | None, bf16: bool) -> None:
+    """Set up activation checkpointing, compilation and sharding, in this order; the model is still without weights (meta).
+
+    Sharded, `loss`, `generate` and a forward gather what they need, in bf16 if asked; parameters, gradients and their sum
+    over ranks are fp32. Embedding, last norm and head form one group, each block another.
+    """
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if bf16 else MixedPrecisionPolicy()
+    for i, layer in enumerate(model.model.layers):
+        if math.ceil((i + 1) * c.recompute - 1e-6) > math.ceil(i * c.recompute - 1e-6):  # evenly spread: 0.25 is blocks 0, 4, 8 …
+            part = layer if c.recompute_part == "block" else layer.mlp
+            part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)
+        if c.compile:
+            layer.compile()
+        if mesh:
+            fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=c.reshard)
+    if not mesh:
+        return
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # gradients are sums: the loss is divided by the global count of targets
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other
+    for method in ("loss", "generate"):
+        register_fsdp_forward_method(model, method)
+
+
+def self_check(c: Config, data: TokenData, weights: dict[str, Tensor], device: torch.device) -> str:
+    """Do all ranks add up, and run the same code on the same data from the same weights? One line; UserError says who differs."""
+    rank, world = rank_and_world()
+    known = all_sum(torch.arange(1, 5, device=device) * (rank + 1))
+    code = hashlib.sha256(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("model", "data", "eval", "pretrain")))
+    settings = hashlib.sha256(json.dumps(dataclasses.asdict(c)).encode())
+    mine = {"sum of 1 to 4 over ranks": known.tolist(), "torch": torch.__version__, "code": code.hexdigest()[:12],
+            "settings": settings.hexdigest()[:12], "data": data.hash, "weights": checksum(weights)}
+    everyone = from_all({**mine, "host": socket.gethostname()})
+    right = [world * (world + 1) // 2 * n for n in range(1, 5)]
+    wrong = [] if everyone[0]["sum of 1 to 4 over ranks"] == right else [f"the links between ranks do not add up: {known.tolist()}, not {right}"]
+    wrong += [f"rank {r} on {other['host']} has {key} {other[key]}, rank 0 on {everyone[0]['host']} has {mine_0}"
+              for key, mine_0 in everyone[0].items() if key != "host" for r, other in enumerate(everyone) if other[key] != mine_0]
+    if wrong:
+        raise UserError(f"the ranks differ: {'; '.join(wrong[:4])}{f' (and {len(wrong) - 4} more)' if len(wrong) > 4 else ''}", everywhere=True)
+    return (f"{world} {'process' if world == 1 else 'processes agree'}: " +
+            ", ".join(f"{key} {mine[key]}" for key in ("code", "settings", "data", "weights")))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -232,43 +410,85 @@ def count_name(tokens: int) -> str:
     return f"{-(-tokens // unit)}{letter}"
 
 
-def tensors_of(model: OLMo2, optimizer: torch.optim.AdamW) -> tuple[dict, dict]:
-    """Flat names to tensors: the weights, and Adam's two moments and step per weight."""
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    moments = {f"{key}.{name}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()}
-    return weights, moments
+def tensors_of(model: OLMo2, optimizer: torch.optim.AdamW) -> dict[str, dict[str, Tensor]]:
+    """model: name to weight. optim: Adam's two moments and step per weight, as <kind>.<name>. Each rank has its shards."""
+    return {"model": {name: p.detach() for name, p in model.named_parameters()},
+            "optim": {f"{key}.{name}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()}}
 
 
-def save_state(run: Path, state: dict, model: OLMo2, optimizer: torch.optim.AdamW, tokenizer: Tokenizer) -> Path:
-    """Write run/step<N>-tokens<T>/: all of it or nothing, whenever the process dies. Raises UserError when it cannot.
+def save_state(run: Path, state: dict, tensors: dict[str, dict], config: ModelConfig, tokenizer: Tokenizer, keep: int = 0,
+               group=None) -> Path:
+    """Write run/step<N>-tokens<T>/: all of it or nothing, whichever process dies when; then renew run/hf. Raises UserError.
 
-    model/ and optim/ hold tensors only: given any number, torch's writer would quietly pickle it. What else a run needs
-    to go on is in state.json. manifest.json has the size and sha256 of every file; the rename at the end commits.
+    All ranks call it. Each writes its shards (no pickle: given anything but tensors, torch's writer would quietly make one), and
+    hashes its share of the files. What else a run needs is in state.json, the size and sha256 of every file in
+    manifest.json; the rename at the end commits. `group` has a connection of its own, so that a thread can do all this.
     """
+    rank, world = rank_and_world()
     final = run / f"step{state['step']}-tokens{count_name(state['tokens'])}"
-    aside = make_folder(run / f".saving-{final.name}")
-    try:
-        for name, tensors in zip(("model", "optim"), tensors_of(model, optimizer)):
-            with one_process_is_fine():
-                dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(aside / name), save_distributed=True))
-            check_tensors(aside / name, tensors)  # reads the files' headers back before they count
-        model.save_config(aside)
-        tokenizer.save(aside)
-        write_json(aside / "state.json", state)
-        files = sorted(p for p in aside.rglob("*") if p.is_file())
-        write_json(aside / "manifest.json", {str(p.relative_to(aside)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files})
-        for path in [*files, aside / "manifest.json", aside / "model", aside / "optim", aside]:
+    aside = run / f".saving-{final.name}"
+
+    def hash_files() -> dict:
+        files = sorted(p for p in aside.rglob("*") if p.is_file())[rank::world]
+        [sync(path) for path in files]
+        return {str(p.relative_to(aside)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
+
+    def commit() -> None:
+        write_json(aside / "manifest.json", {name: entry for part in hashes for name, entry in part.items()})
+        for path in (aside / "manifest.json", aside / "model", aside / "optim", aside):
             sync(path)
         if final.exists():  # a damaged state of the same step, which was not resumed from
             shutil.rmtree(final)
         aside.rename(final)
         sync(run)
-    except (Exception, dcp.api.CheckpointException) as error:  # torch wraps what the disk says; its wrapper is no Exception
-        shutil.rmtree(aside, ignore_errors=True)
+
+    def first(work) -> None:  # on rank 0 alone, while the others wait for it
+        together(work if rank == 0 else lambda: None, group)
+
+    try:
+        first(lambda: make_folder(aside))
+        for part, values in tensors.items():
+            with one_process_is_fine():
+                dcp.save(values, storage_writer=dcp.HuggingFaceStorageWriter(str(aside / part), save_distributed=True), process_group=group)
+            first(lambda: check_tensors(aside / part, values))  # reads the files' headers back before they count
+        first(lambda: (write_config(aside, config, torch.float32), tokenizer.save(aside), write_json(aside / "state.json", state)))
+        hashes = from_all(together(hash_files, group), group)
+        first(commit)
+    except (UserError, dcp.api.CheckpointException) as error:  # torch wraps what the disk says; its wrapper is no Exception
         reason = str(error).strip().splitlines()[-1]
+        first(lambda: shutil.rmtree(aside, ignore_errors=True))
         raise UserError(f"could not save {final}: {reason}. The states before it are untouched; make room, and the same "
-                        "command goes on from the newest") from None
+                        "command goes on from the newest", everywhere=True) from None
+    try:
+        export(run, final, tensors["model"], config, tokenizer, group)
+    except UserError as error:
+        raise UserError(f"could not write {run / 'hf'}: {error}. The training state of step {state['step']} is safe", everywhere=True) from None
+    first(lambda: [shutil.rmtree(old) for old in (list_states(run)[keep:] if keep else ())])
     return final
+
+
+def export(run: Path, state: Path, weights: dict[str, Tensor], config: ModelConfig, tokenizer: Tokenizer, group=None) -> None:
+    """Make run/hf, a Hugging Face directory, from a training state's files; a reader finds the old one or the new one."""
+    aside, old = run / ".saving-hf", run / ".old-hf"
+
+    def write() -> None:
+        try:
+            write_weights(aside, config, weights, state=state / "model")
+        except SafetensorError as error:
+            raise UserError(str(error)) from None
+
+    def swap() -> None:
+        tokenizer.save(aside)
+        shutil.rmtree(old, ignore_errors=True)
+        if (run / "hf").exists():
+            (run / "hf").rename(old)
+        aside.rename(run / "hf")
+        shutil.rmtree(old, ignore_errors=True)
+
+    rank, _ = rank_and_world()
+    together(lambda: rank or make_folder(aside), group)
+    together(write, group)
+    together(lambda: rank or swap(), group)
 
 
 def sync(path: Path) -> None:
@@ -279,20 +499,25 @@ def sync(path: Path) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a training state, against its manifest, or None."""
-    try:
-        manifest = read_json(folder / "manifest.json")
-        present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {"manifest.json"}
-        for name in sorted(manifest.keys() | present):
-            if name not in present:
-                return f"{name} is missing"
-            if name not in manifest:
-                return f"{name} is not in the manifest"
-            if (folder / name).stat().st_size != manifest[name]["bytes"] or sha256(folder / name) != manifest[name]["sha256"]:
-                return f"{name} has changed since it was written"
-    except (UserError, OSError, TypeError, KeyError, AttributeError) as error:
-        return f"the manifest cannot be used: {error}"
-    return None
+    """What is wrong with a training state, against its manifest, or None. Each rank reads its share of the files."""
+    rank, world = rank_and_world()
+
+    def look() -> str | None:
+        try:
+            manifest = read_json(folder / "manifest.json")
+            present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {"manifest.json"}
+            for name in sorted(manifest.keys() | present)[rank::world]:
+                if name not in present:
+                    return f"{name} is missing"
+                if name not in manifest:
+                    return f"{name} is not in the manifest"
+                if (folder / name).stat().st_size != manifest[name]["bytes"] or sha256(folder / name) != manifest[name]["sha256"]:
+                    return f"{name} has changed since it was written"
+        except (UserError, OSError, TypeError, KeyError, AttributeError) as error:
+            return f"the manifest cannot be used: {error}"
+        return None
+
+    return next((damage for damage in from_all(look()) if damage), None)
 
 
 def list_states(run: Path) -> list[Path]:
@@ -303,10 +528,12 @@ def list_states(run: Path) -> list[Path]:
 
 def newest_state(run: Path) -> Path | None:
     """The newest state that verifies; each damaged one before it is named on standard error."""
-    for folder in list_states(run):
+    rank, _ = rank_and_world()
+    for folder in from_all(list_states(run))[0]:
         if not (damage := find_damage(folder)):
             return folder
-        print(f"{folder} is damaged ({damage}): trying the one before", file=sys.stderr)
+        if rank == 0:
+            print(f"{folder} is damaged ({damage}): trying the one before", file=sys.stderr)
     return None
 
 
@@ -316,8 +543,8 @@ def load_state(folder: Path, model: OLMo2, optimizer: torch.optim.AdamW) -> dict
     different = [f"{key} {stored[key]}, not {own[key]}" for key in own if stored[key] != own[key] and key not in ("init", "embed_std")]
     if different:  # how a model was initialised is not kept
         raise UserError(f"{folder} holds another model ({'; '.join(different)}): choose another folder with --out")
-    for name, tensors in zip(("model", "optim"), tensors_of(model, optimizer)):
-        load_tensors(folder / name, tensors)
+    for part, tensors in tensors_of(model, optimizer).items():
+        load_tensors(folder / part, tensors)
     return read_json(folder / "state.json")
 
 
@@ -335,9 +562,9 @@ def open_run(c: Config, origin: dict[str, str], data: TokenData) -> Path:
         (run / ".writable").unlink()
     except OSError as error:
         raise UserError(f"cannot write to {run}: {error.strerror}; choose another folder with --out") from None
-    for left in run.glob(".saving-*"):  # of a process that died while saving
+    for left in [*run.glob(".saving-*"), *run.glob(".old-hf")]:  # of a process that died while saving
         shutil.rmtree(left)
-    if (run / "run.json").exists():
+    if (run / "run.json").exists() and (list_states(run) or read_metrics(run)):  # else nothing has come of it yet
         before = read_json(run / "run.json")
         changed = [f"{name} {before['config'][name]['value']} -> {config[name]['value']}" for name in config
                    if name not in MAY_CHANGE and before["config"].get(name, config[name])["value"] != json.loads(json.dumps(config[name]["value"]))]
@@ -352,7 +579,7 @@ def open_run(c: Config, origin: dict[str, str], data: TokenData) -> Path:
         "config": config, "command": sys.argv, "git": git or None,
         "data": {"hash": data.hash, "files": [str(path) for path in data.files], "tokens": sum(s["tokens"] for s in data.sidecars)},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
+        "hardware": {"processes": rank_and_world()[1], "machine": platform.machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
                      "cpu_capability": torch.backends.cpu.get_cpu_capability(),
                      "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}})
     return run
@@ -423,68 +650,95 @@ def keep_freed_memory() -> None:
 # The loop
 
 
+def open_data(c: Config, tokenizer: Tokenizer) -> tuple[TokenData, list[Path]]:
+    """The training data, and the held-out files ([]: none), both checked. On every rank; raises UserError."""
+    rank, _ = rank_and_world()
+    if not c.data:
+        together(lambda: rank or embedded_corpus(tokenizer))  # made by one, found by the others
+    sources = c.data or [embedded_corpus(tokenizer)]
+
+    def look() -> tuple[TokenData, list[Path]]:
+        data = TokenData(token_files(sources, "train"), c.seq_len, tokenizer)
+        data.positions(0, c.batch, c.seed)  # raises if there is less than a batch
+        val = token_files(c.val, "val") if c.val else [f for s in sources if Path(s, "val").is_dir() for f in token_files([s], "val")]
+        if val:
+            TokenData(val, c.seq_len, tokenizer)
+        return data, val
+
+    return together(look)
+
+
 def train(c: Config, origin: dict[str, str]) -> Path:
-    """Train, or go on with, the run that `c` describes; returns its folder. Raises UserError."""
+    """Train, or go on with, the run that `c` describes; returns its folder. Raises UserError. Under torchrun, all ranks do."""
     check(c)
     keep_freed_memory()
-    device = best_device(c.device)
+    device = start_ranks(c)
     if c.threads:
         torch.set_num_threads(c.threads)
+    rank, world = rank_and_world()
     # ---- tokens per step
-    tokens_per_step, micro_batch = c.batch * c.seq_len, min(c.batch, c.micro_batch)
+    shard, rows, micro_batch = layout(c, world)
+    tokens_per_step = c.batch * c.seq_len
     steps = -(-c.tokens // tokens_per_step)
     # ---- data
-    tokenizer = get_tokenizer(c.tokenizer)
-    sources = c.data or [embedded_corpus(tokenizer)]
-    data = TokenData(token_files(sources, "train"), c.seq_len, tokenizer)
-    data.positions(0, c.batch, c.seed)  # raises now if there is less than a batch
-    val_files = token_files(c.val, "val") if c.val else [f for s in sources if Path(s, "val").is_dir() for f in token_files([s], "val")]
-    TokenData(val_files, c.seq_len, tokenizer) if val_files else None  # checks them before the first step
-    run = open_run(c, origin, data)
-    # ---- model and optimizer
+    tokenizer = together(lambda: get_tokenizer(c.tokenizer))
+    data, val_files = open_data(c, tokenizer)
+    run = Path(c.out)
+    together(lambda: rank or open_run(c, origin, data))
+    if not all(from_all((run / "run.json").exists())):
+        raise UserError(f"not all nodes see {run}: --out must lie on a disk that they share", everywhere=True)
+    # ---- model and optimizer: shapes first, so that no process ever holds more than its shards
     if c.init:
-        model = OLMo2.load(c.init, device=device)
-        if get_tokenizer(c.init).fingerprint != tokenizer.fingerprint:
-            raise UserError(f"{c.init} was trained with another tokenizer than {c.tokenizer}: pass --tokenizer {c.init}, and data made with it")
+        folder, weights = together(lambda: find_weights(c.init))
+        shape = together(lambda: read_config(folder))
+        if together(lambda: get_tokenizer(c.init)).fingerprint != tokenizer.fingerprint:
+            raise UserError(f"{c.init} was trained with another tokenizer than {c.tokenizer}: pass --tokenizer {c.init}, and data made with it",
+                            everywhere=True)
     else:
         shape = dataclasses.replace(
             SIZES[c.size], vocab=tokenizer.padded_vocab_size, eos=tokenizer.eos, pad=tokenizer.pad, norm_position=c.norm_position,
             context=max(c.seq_len, SIZES[c.size].context), qk_norm=c.qk_norm, norm=c.norm, init=c.init_scheme, embed_std=c.embed_std)
-        with torch.device(device):
-            model = OLMo2(shape, seed=c.init_seed)
+    with torch.device("meta"):
+        model = OLMo2(shape)
+    prepare(model, c, make_mesh(c, device), bf16=device.type == "cuda")
+    model.to_empty(device=device)
     optimizer = make_optimizer(model, c)
     skip_step = SkipStep(c.skip_sigma)
     step = 0
-    rows = read_metrics(run)
-    if folder := newest_state(run):
-        state = load_state(folder, model, optimizer)
+    if state_folder := newest_state(run):
+        state = load_state(state_folder, model, optimizer)
         step, skip_step = state["step"], SkipStep(c.skip_sigma, state["skip_history"])
-    # A resumed run repeats the steps after its state: their rows are dropped, so that each step has one.
-    kept = [row for row in rows if row["step"] <= step]
-    (run / "metrics.jsonl.tmp").write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    os.replace(run / "metrics.jsonl.tmp", run / "metrics.jsonl")
-    metrics = open(run / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
+    elif c.init:
+        load_tensors(weights, tensors_of(model, optimizer)["model"])
+    else:
+        model.init_weights(c.init_seed)
+    checked = self_check(c, data, tensors_of(model, optimizer)["model"], device)
+    # A resumed run repeats the steps after its state: their rows are dropped, so that each step has one. Rank 0 keeps them.
+    if rank == 0:
+        kept = [row for row in read_metrics(run) if row["step"] <= step]
+        (run / "metrics.jsonl.tmp").write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(run / "metrics.jsonl.tmp", run / "metrics.jsonl")
+    metrics = open(run / "metrics.jsonl" if rank == 0 else os.devnull, "a", encoding="utf-8", buffering=1)
     # ---- what is about to happen
-    peak, flops = peak_flops(device), model.config.flops_per_token(c.seq_len)
-    print(f"run       {run}{f', going on from {folder.name}' if folder else ''}")
+    peak, flops = (peak_flops(device) or 0) * world, model.config.flops_per_token(c.seq_len)
+    print(f"run       {run}{f', going on from {state_folder.name}' if state_folder else ''}")
     print(f"model     {c.size}: {model.config.parameters['total']:,} parameters, {model.config.layers} layers, D {model.config.d_model}, "
-          f"vocabulary {model.config.vocab:,}; {device}, {torch.get_num_threads()} threads")
+        f"vocabulary {model.config.vocab:,}; {device}, {torch.get_num_threads()} threads")
+    if world > 1:
+        print(f"mesh      {world} processes: {world // shard} {'copy' if world == shard else 'replicas'} of the weights, each sharded over {shard}")
+    print(f"check     {checked}")
+    if state_folder and state.get("world", 1) != world:
+        print(f"          {state_folder.name} was saved by {state.get('world', 1)} processes: with {world}, the last bits of the sums differ")
     print(f"data      {data.hash}: {sum(s['tokens'] for s in data.sidecars):,} tokens in {len(data.files)} files, {len(data):,} instances; "
-          f"the run sees them {steps * c.batch / len(data):.2f} times")
+        f"the run sees them {steps * c.batch / len(data):.2f} times")
     print(f"batch     {c.batch} instances x {c.seq_len} tokens = {tokens_per_step:,} tokens per step "
-          f"({c.batch // micro_batch} x {micro_batch}); {steps:,} steps = {steps * tokens_per_step:,} tokens")
+        f"({f'{world} processes x ' if world > 1 else ''}{rows // micro_batch} x {micro_batch}); {steps:,} steps = {steps * tokens_per_step:,} tokens")
     if not val_files:
         print("          no held-out text (val/ or --val): the run is not evaluated on the way")
     if step > steps:
         print(f"          the run is already {step:,} steps long; --tokens asks for {steps:,}")
-    if wandb := start_wandb(c, run):
+    if wandb := start_wandb(c, run) if rank == 0 else None:
         print(f"wandb     {c.wandb}")
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    if c.compile:
-        for layer in model.model.layers:
-            layer.compile()
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     def record(event: str, **values) -> None:
         row = {"event": event, "step": step, "tokens": step * tokens_per_step, **values}
@@ -492,53 +746,77 @@ def train(c: Config, origin: dict[str, str]) -> Path:
         if wandb:
             wandb.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, step=step)
 
-    def save() -> None:
+    if c.async_save:  # by a thread with a connection of its own, whose messages do not mix with those of the loop
+        group = distributed.new_group(backend="gloo", timeout=datetime.timedelta(hours=1)) if world > 1 else None
+        stager = DefaultStager(StagingOptions(use_pinned_memory=device.type == "cuda", use_shared_memory=False, use_async_staging=False,
+                                              use_non_blocking_copy=device.type == "cuda"))
+    background, saving = ThreadPoolExecutor(1), None
+
+    def save(wait: bool) -> None:
+        nonlocal saving
+        if saving:
+            saving.result()  # raises what went wrong with the one before
         metrics.flush()
-        os.fsync(metrics.fileno())
-        state = {"step": step, "tokens": step * tokens_per_step, "skip_history": list(skip_step.history)}
-        save_state(run, state, model, optimizer, tokenizer)
-        try:
-            model.save(run / "hf")
-            tokenizer.save(run / "hf")
-        except Exception as error:
-            raise UserError(f"could not write {run / 'hf'}: {error}. The training state of step {step} is safe") from None
-        for old in list_states(run)[c.keep :] if c.keep else ():
-            shutil.rmtree(old)
+        if rank == 0:
+            os.fsync(metrics.fileno())
+        state = {"step": step, "tokens": step * tokens_per_step, "world": world, "skip_history": list(skip_step.history)}
+        tensors = tensors_of(model, optimizer)
+        if not c.async_save:
+            return save_state(run, state, tensors, model.config, tokenizer, c.keep)
+        copied = stager.stage(tensors)  # to CPU memory: training goes on with the original
+        saving = background.submit(save_state, run, state, copied, model.config, tokenizer, c.keep, group)
+        if wait:
+            saving.result()
 
     def evaluate() -> None:
-        with autocast:
+        with torch.compiler.set_stance("force_eager"):  # other shapes than the loop's: compiling for them would take longer
             bpb = bits_per_byte_by_source(model, val_files, c.seq_len, tokenizer, c.val_tokens)
+            text = write_sample(model, tokenizer, c.sample) if c.sample else ""
+        if isinstance(model, FSDPModule):
+            model.reshard()  # no backward pass does it here
         record("eval", bpb=bpb)
-        text = write_sample(model, tokenizer, c.sample)
-        record("sample", text=text)
         print("          held-out bits per byte: " + ", ".join(f"{source} {value:.3f}" for source, value in bpb.items()))
-        print(f"          sample: {text!r}")
+        if text:
+            record("sample", text=text)
+            print(f"          sample: {text!r}")
 
-    stopped_by: list[int] = []  # a signal asks the loop to stop after its step; a second one is not caught
-    handlers = {s: signal.signal(s, lambda number, _: (stopped_by.append(number), signal.signal(number, signal.SIG_DFL)))
-                for s in (signal.SIGINT, signal.SIGTERM)}
+    # A signal asks all ranks to stop after the same step. A second one is not caught; under torchrun, which sends its own
+    # to all when somebody presses Ctrl-C, it changes nothing.
+    stopped_by: list[int] = []
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    handlers = {s: signal.signal(s, lambda number, _: (stopped_by.append(number), under_torchrun or signal.signal(number, signal.SIG_DFL)))
+                for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    stop = False
     skipped_in_a_row = 0
     first_step, start = step, time.perf_counter()
     then = start
     try:
-        while step < steps and not stopped_by:
+        while step < steps and not stop:
             # ---- 1. the learning rate
             lr = lr_at((step + 1) * tokens_per_step, c)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            # ---- 2. gradients: sums over micro-batches, divided by the targets of the whole step
-            tokens, targets = (torch.from_numpy(a) for a in data.batch(step, c.batch, c.seed, c.first_epoch, mask_repeats=c.mask_repeats))
-            n = max(1, int((targets != -100).sum()))
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = lr
+            # ---- 2. gradients: sums over micro-batches and ranks, divided by the targets of the whole step
+            tokens, targets = (torch.from_numpy(a) for a in data.batch(step, c.batch, c.seed, c.first_epoch, rank, world, c.mask_repeats))
+            n = all_sum((targets != -100).sum().to(device)).clamp(min=1)
             ce, z = torch.zeros(2, device=device)
-            for i in range(0, c.batch, micro_batch):
+            for i in range(0, rows, micro_batch):
                 x, y = (a[i : i + micro_batch].to(device, non_blocking=True) for a in (tokens, targets))
-                with autocast:
-                    ce_sum, z_sum, _ = model.loss(x, y, c.z_loss)
+                if isinstance(model, FSDPModule):  # gradients stay sharded; replicas add theirs up once, at the end
+                    model.set_requires_all_reduce(i + micro_batch == rows)
+                ce_sum, z_sum, _ = model.loss(x, y, c.z_loss)
                 ((ce_sum + z_sum) / n).backward()
                 ce, z = ce + ce_sum.detach(), z + z_sum.detach()
             # ---- 3. clip and step, unless the gradient is not to be trusted
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip).item()
-            loss, z = ce.item() / n, z.item() / n
+            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+            grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), c.clip, grad_norm)
+            # What one rank knows, all must know at the same step: a signal, or that its last state could not be written.
+            failed = saving is not None and saving.done() and saving.exception() is not None
+            loss, z, stop, failed = all_sum(torch.stack((ce / n, z / n, *torch.tensor((len(stopped_by), failed), device=device)))).tolist()
+            grad_norm = grad_norm.item()
+            if failed:
+                saving.result()
             take = skip_step(loss, grad_norm)
             if take:
                 optimizer.step()
@@ -555,30 +833,38 @@ def train(c: Config, origin: dict[str, str]) -> Path:
                 speed = (step - first_step) * tokens_per_step / (now - start)
                 left = (steps - step) * tokens_per_step / speed
                 print(f"step {step:>{len(str(steps))}}/{steps}  loss {loss:7.4f}  lr {lr:.2e}  grad {grad_norm:7.3f}  {speed / 1000:7.1f}k tok/s  "
-                      f"MFU {f'{100 * speed * flops / peak:.1f}%' if peak else 'n/a'}  {format_seconds(left)} left{'' if take else '  SKIPPED'}", flush=True)
+                    f"MFU {f'{100 * speed * flops / peak:.1f}%' if peak else 'n/a'}  {format_seconds(left)} left{'' if take else '  SKIPPED'}", flush=True)
             skipped_in_a_row = 0 if take else skipped_in_a_row + 1
             if skipped_in_a_row == 20:
                 raise UserError(f"20 steps in a row were skipped, up to step {step} (loss {loss}, gradient norm {grad_norm}; instances "
                                 f"{data.positions(step - 1, c.batch, c.seed, c.first_epoch)[:4].tolist()}…): lower --lr, lengthen --warmup, or look at "
-                                f"the data; the newest state is {next((s.name for s in list_states(run)), 'none')}")
+                                f"the data; the newest state is {next((s.name for s in list_states(run)), 'none')}", everywhere=True)
             # ---- 5. evaluate, save
             if val_files and (step % c.eval_every == 0 or step == steps):
                 evaluate()
                 then = time.perf_counter()
-            if step % c.save_every == 0 or step == steps or stopped_by:
-                save()
+            if step % c.save_every == 0 or step == steps or stop:
+                save(wait=step == steps or stop)
                 then = time.perf_counter()
     finally:
+        background.shutdown()
         metrics.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    plot(run)
-    if stopped_by:
-        print(f"stopped by {signal.Signals(stopped_by[0]).name} at step {step}, saved; the same command goes on from there", file=sys.stderr)
-        sys.exit(128 + stopped_by[0])
+    if device.type == "cuda":
+        print(f"memory    {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most on {device}")
+    if rank == 0:
+        plot(run)
+    if stop:
+        number = next(numbers[0] for numbers in from_all(stopped_by) if numbers)
+        if rank == 0:
+            reason = f"stopped by {signal.Signals(number).name} at step {step}, saved; the same command goes on from there"
+            write_json(run / "run.json", {**read_json(run / "run.json"), "stopped": reason})
+            print(reason, file=sys.stderr)
+        # torchrun takes any status but 0 for a failure, and would start all over
+        sys.exit(0 if under_torchrun else 128 + number)
     if not list((run / "hf").glob("*.safetensors")):  # someone removed them, and the run was finished
-        model.save(run / "hf")
-        tokenizer.save(run / "hf")
+        export(run, newest_state(run), tensors_of(model, optimizer)["model"], model.config, tokenizer)
     finish(c, run, model, tokenizer, first_step >= steps)
     return run
 
@@ -597,8 +883,10 @@ def finish(c: Config, run: Path, model: OLMo2, tokenizer: Tokenizer, was_done: b
 
 
 def write_sample(model: OLMo2, tokenizer: Tokenizer, prompt: str, max_new_tokens: int = 60) -> str:
-    tokens, _ = model.generate([tokenizer.encode(prompt) or [tokenizer.eos]], max_new_tokens, temperature=0.7, top_p=0.95, eos=tokenizer.eos)
-    return prompt + tokenizer.decode(t for t in tokens[0] if t != tokenizer.eos)
+    # Always all the tokens, cut afterwards: ranks that disagreed about where to end would wait for each other for ever.
+    tokens, _ = model.generate([tokenizer.encode(prompt) or [tokenizer.eos]], max_new_tokens, temperature=0.7, top_p=0.95)
+    end = tokens[0].index(tokenizer.eos) if tokenizer.eos in tokens[0] else len(tokens[0])
+    return prompt + tokenizer.decode(tokens[0][:end])
 
 
 def format_seconds(seconds: float) -> str:
@@ -622,9 +910,196 @@ def start_wandb(c: Config, run: Path):
     return wandb.init(project=c.wandb, name=str(run), config=dataclasses.asdict(c), resume="allow", id=str(run).replace("/", "-"))
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Planning: the model, prepared and sharded as above, runs one forward and backward on fake tensors (shapes without data) and
+# fake collectives, and every operation is counted: what is alive, what is computed, what is sent. That is done at two
+# small depths and two micro-batches, and continued in straight lines. The time alone is a model, of two constants.
+
+# Two constants, from the published speeds of the 1B and 7B alone (tests/bench.py --plan); the 13B and 32B test them.
+EFFICIENCY = 0.48  # FLOPs done per second, recomputation and causal attention included, over the peak: mean of 0.472 and 0.486
+BUS = 69e9  # bytes/s sent per GPU. A lower bound: the 7B sent so many, and compute alone explains its time
+USABLE = 0.9  # share of a GPU's memory for what is counted here; the rest: CUDA, NCCL, fragmentation
+KINDS = ("parameters", "optimizer moments", "gradients", "gathered weights", "gradients in flight", "activations", "temporaries")
+PUBLISHED = {"1B": (128, 55_000), "7B": (512, 10_000), "13B": (256, 4_600), "32B": (1024, 1_800)}  # GPUs, tokens/s/GPU (H100, bf16)
+
+
+class Ledger(TorchDispatchMode):
+    """Sees every operation: what is alive at the worst moment of each phase, by kind, and what is computed and sent."""
+
+    def __init__(self):
+        super().__init__()
+        self.kind_of = weakref.WeakKeyDictionary()  # living storage -> [kind]: a list, since a later operation may know better
+        self.phase, self.worst, self.counts = "setup", {}, Counter()  # worst: phase -> (bytes, what is alive)
+
+    def mark(self, kind: str, tensors) -> None:
+        for t in tree_leaves(tensors):
+            self.kind_of.setdefault(getattr(t, "_local_tensor", t).untyped_storage(), [kind])[0] = kind
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # comes again, for this rank's shard
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name, made = func._schema.name, [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        for t in made:
+            self.kind_of.setdefault(t.untyped_storage(), ["activations" if self.phase == "forward" else "temporaries"])
+        if name == "c10d::_allgather_base_":  # in a ring, each GPU sends all but one part
+            self.mark("gathered weights", args[0])
+            self.counts["all-gather"] += args[0].nbytes - args[1].nbytes
+        elif name == "fsdp::split_with_sizes_copy":  # what was gathered becomes a tensor per weight
+            self.mark("gathered weights", kwargs["out"])
+        elif name == "fsdp::chunk_cat":  # a block's gradients become one buffer, in fp32
+            self.mark("gradients in flight", (args[0], kwargs["out"]))
+        elif name == "c10d::_reduce_scatter_base_":
+            self.mark("gradients", args[0])
+            self.counts["reduce-scatter"] += args[1].nbytes - args[0].nbytes
+        elif name == "c10d::allreduce_":
+            ranks = distributed.ProcessGroup.unbox(args[1]).size()
+            self.counts["all-reduce"] += sum(2 * t.nbytes * (ranks - 1) / ranks for t in args[0])
+        elif func._overloadpacket in flop_registry:
+            self.counts["FLOPs"] += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+        elif "scaled_dot_product" in name:  # the CPU's kernel is not in the registry: 2 products forward, 4 backward, of 2 FLOPs
+            q, products = (args[1], 4) if "backward" in name else (args[0], 2)  # per entry of T x T x K, causally half of them
+            self.counts["FLOPs"] += products * q.numel() * q.shape[-2]
+        if made or name.startswith("fsdp::"):  # summed anew, since FSDP frees a gathered weight by resizing its storage, unseen here
+            now = sum(storage.nbytes() for storage in self.kind_of)
+            if now > self.worst.get(self.phase, (0,))[0]:
+                self.worst[self.phase] = now, [(kind, storage.nbytes()) for storage, kind in self.kind_of.items()]
+        return out
+
+
+def count_micro_step(shape: ModelConfig, c: Config, mesh: DeviceMesh, rows: int, accumulate: bool) -> Counter:
+    """Counts of one forward and backward on `rows` instances; under (phase, kind), the bytes alive at the phase's worst moment."""
+    from torch._subclasses import FakeTensorMode
+    with torch.device("meta"):
+        model = OLMo2(shape)
+    prepare(model, c, mesh, bf16=True)  # before the mode: FSDP cuts each weight in as many views as there are ranks
+    with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger:
+        model.to_empty(device="cpu")
+        optimizer = make_optimizer(model, c)
+        ledger.mark("parameters", list(model.parameters()))
+        ledger.mark("optimizer moments", list(optimizer.state.values()))
+        if accumulate:  # what the micro-steps before have summed
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            ledger.mark("gradients", [p.grad for p in model.parameters()])
+        tokens = torch.zeros(rows, c.seq_len, dtype=torch.long)
+        ledger.phase = "forward"
+        ce, z, _ = model.loss(tokens, tokens)
+        ledger.phase = "backward"
+        (ce + z).backward()
+    # Clipping and AdamW work in place, when activations are gone: they are never the peak.
+    counts = Counter(ledger.counts, parameters=sum(p.numel() for p in model.parameters()))
+    for phase, (_, alive) in ledger.worst.items():
+        for [kind], size in alive:
+            counts[phase, kind] += size
+    return counts
+
+
+def line(x: float, xs: tuple[float, float], ys: list[Counter]) -> Counter:
+    """The straight line through two points, at x."""
+    share = (x - xs[0]) / (xs[1] - xs[0])
+    return Counter({key: ys[0][key] * (1 - share) + ys[1][key] * share for key in ys[0].keys() | ys[1].keys()})
+
+
+def plan(shape: ModelConfig, c: Config) -> dict:
+    """Of one step: parameters, memory and bytes sent per GPU, FLOPs, seconds, tokens/s/GPU, MFU. Raises UserError as `layout` does.
+
+    seconds = max(FLOPs / (EFFICIENCY * peak), bytes / BUS): communication hides behind compute, or the other way round.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    _, rows, micro_batch = layout(c, c.gpus)
+    eager = dataclasses.replace(c, compile=False)  # torch.compile does nothing under a dispatch mode: see `kept`
+    # Two depths: whole periods of recomputation, from three blocks on, when all of FSDP's buffers are in use.
+    period = Fraction(c.recompute).limit_denominator(16).denominator
+    depths = (-(-3 // period) * period, -(-3 // period) * period + period)
+    micro_batches = (micro_batch, 2 * micro_batch)
+    warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # ChunkedLoss asks if two gradients are one
+    chunk, ChunkedLoss.CHUNK["cpu"] = ChunkedLoss.CHUNK["cpu"], ChunkedLoss.CHUNK["cuda"]
+    distributed.init_process_group("fake", rank=0, world_size=c.gpus, store=FakeStore())
+    try:
+        mesh = make_mesh(c, torch.device("cpu"))
+        counted = {(depth, m): count_micro_step(dataclasses.replace(shape, layers=depth), eager, mesh, m, rows > micro_batch)
+                   for depth in depths for m in micro_batches}
+    finally:
+        distributed.destroy_process_group()
+        ChunkedLoss.CHUNK["cpu"] = chunk
+
+    def counts(layers: int, m: int) -> Counter:
+        return line(layers, depths, [line(m, micro_batches, [counted[depth, n] for n in micro_batches]) for depth in depths])
+
+    def kept(m: int) -> float:
+        """Bytes that compiled blocks keep from forward to backward: bf16 in and out of matrices and attention, once each."""
+        block = 2 * (7 * shape.d_model + 3 * shape.kv_heads * shape.head_dim + 3 * shape.ffn) + 4 * shape.heads  # per token
+        recomputed = block - 6 * shape.ffn if c.recompute_part == "mlp" else 2 * shape.d_model
+        return shape.layers * m * c.seq_len * (c.recompute * recomputed + (1 - c.recompute) * block)
+
+    def memory(m: int, compiled: bool) -> dict[str, float]:
+        """Bytes by kind at the peak, with micro-batches of m."""
+        whole, no_blocks, phases = counts(shape.layers, m), counts(0, m), []
+        for phase in ("forward", "backward"):
+            phases.append({kind: whole[phase, kind] for kind in KINDS})
+            if compiled:
+                phases[-1]["activations"] = no_blocks[phase, "activations"] + kept(m)
+        return max(phases, key=lambda kinds: sum(kinds.values()))
+
+    step = counts(shape.layers, micro_batch)
+    micro_steps = rows // micro_batch
+    sent = {kind: step[kind] * (1 if kind == "all-reduce" else micro_steps) for kind in ("all-gather", "reduce-scatter", "all-reduce")}
+    flops, peak = step["FLOPs"] * micro_steps, PEAK_FLOPS["H100"]
+    compute, communication = flops / (EFFICIENCY * peak), sum(sent.values()) / BUS
+    speed = rows * c.seq_len / max(compute, communication)
+    fitting = [m for m in range(1, rows + 1) if rows % m == 0 and sum(memory(m, c.compile).values()) <= USABLE * c.gpu_memory * 2**30]
+    full = shape.flops_per_token(c.seq_len)
+    return dict(parameters=round(step["parameters"]), memory=memory(micro_batch, c.compile),
+                eager=sum(memory(micro_batch, False).values()), largest_micro_batch=max(fitting, default=0), sent=sent,
+                flops=flops, compute=compute, communication=communication, tokens_per_s=speed, mfu=speed * full / peak,
+                mfu_causal=speed * (full - 6 * shape.layers * shape.d_model * c.seq_len) / peak)
+
+
+def report(c: Config) -> None:
+    """Print the plan of `c` on --gpus H100."""
+    shape = dataclasses.replace(SIZES[c.size], norm_position=c.norm_position, qk_norm=c.qk_norm, norm=c.norm)
+    p, (shard, rows, micro_batch) = plan(shape, c), layout(c, c.gpus)
+    GiB = 2**30
+    counted = (f"blocks compiled: an estimate, {p['eager'] / GiB:.1f} counted without torch.compile" if c.compile else "without torch.compile")
+    print(f"model     {c.size}: {p['parameters']:,} parameters, {shape.layers} layers, D {shape.d_model}\n"
+          f"mesh      {c.gpus:,} H100: {c.gpus // shard} x {shard} that share one copy of the weights\n"
+          f"batch     {c.batch} x {c.seq_len} = {c.batch * c.seq_len:,} tokens per step; per GPU {rows // micro_batch} x {micro_batch} instances\n"
+          f"memory    {sum(p['memory'].values()) / GiB:.1f} GiB per GPU at the peak ({counted})")
+    for kind in KINDS:
+        print(f"          {kind:20}{p['memory'][kind] / GiB:8.2f} GiB")
+    fits = f"{p['largest_micro_batch']} instances" if p["largest_micro_batch"] else "none: use more GPUs, a larger --shard or --recompute"
+    print(f"fits      largest micro-batch within {USABLE:.0%} of {c.gpu_memory:g} GiB: {fits}\n"
+          f"sent      per GPU and step: {', '.join(f'{kind} {size / 1e9:.1f} GB' for kind, size in p['sent'].items())}\n"
+          f"time      {max(p['compute'], p['communication']):.2f} s per step = max(compute {p['compute']:.2f}, communication {p['communication']:.2f}): "
+          "one hides behind the other\n"
+          f"          compute = {p['flops'] / 1e12:,.0f} TFLOP per GPU, recomputation included, / ({EFFICIENCY} x 989 TFLOP/s)\n"
+          f"          communication = {sum(p['sent'].values()) / 1e9:.1f} GB / {BUS / 1e9:.0f} GB/s, the least that the published 7B implies\n"
+          f"speed     {p['tokens_per_s']:,.0f} tokens/s/GPU; MFU {p['mfu']:.1%} with attention in full, {p['mfu_causal']:.1%} causal")
+    if p["communication"] > p["compute"]:
+        print(f"          up to {p['tokens_per_s'] * p['communication'] / p['compute']:,.0f} tokens/s/GPU if the network is faster than that")
+    if PUBLISHED.get(c.size, (0,))[0] == c.gpus:
+        speed = PUBLISHED[c.size][1]
+        print(f"          published {speed:,} tokens/s/GPU: the plan is {p['tokens_per_s'] / speed - 1:+.1%} off"
+              f"{' (it is calibrated on this one)' if c.size in ('1B', '7B') else ''}")
+
+
 def main(arguments: list[str] | None = None) -> None:
     c, origin = read_flags(arguments)
-    train(dataclasses.replace(c, out=c.out or f"runs/{c.size}/pretrain"), origin)
+    if c.plan:
+        check(c)
+        return report(c)
+    with one_voice():
+        try:
+            train(dataclasses.replace(c, out=c.out or f"runs/{c.size}/pretrain"), origin)
+        except RuntimeError as error:
+            if rank_and_world()[1] > 1 and any(word in str(error) for word in ("gloo", "NCCL", "TCPStore")):  # not a bug of ours
+                sys.exit(f"rank {distributed.get_rank()} lost the others, one of them has ended or hangs: {str(error).strip().splitlines()[0]}")
+            raise
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def test_bits_per_byte_by_hand(tmp_path):
             nats += F.cross_entropy(network(tokens[None])[0, :-1].double(), tokens[1:], reduction="sum").item()
             n_bytes += sum(len(laptop.token_bytes(t)) for t in tokens[1:].tolist() if t != laptop.eos)
     assert bits_per_byte(network, data) == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
-    assert bits_per_byte(network, data, batch=3) == pytest.approx(bits_per_byte(network, data), rel=1e-6)
+    assert bits_per_byte(network, data, batch_tokens=96) == pytest.approx(bits_per_byte(network, data), rel=1e-6)
     first = bits_per_byte(network, data, max_tokens=2 * 32)
     assert first != bits_per_byte(network, data) and first == bits_per_byte(network, data, max_tokens=2 * 32 + 31)
 
