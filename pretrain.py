@@ -723,16 +723,16 @@ def train(c: Config, origin: dict[str, str]) -> Path:
     peak, flops = (peak_flops(device) or 0) * world, model.config.flops_per_token(c.seq_len)
     print(f"run       {run}{f', going on from {state_folder.name}' if state_folder else ''}")
     print(f"model     {c.size}: {model.config.parameters['total']:,} parameters, {model.config.layers} layers, D {model.config.d_model}, "
-        f"vocabulary {model.config.vocab:,}; {device}, {torch.get_num_threads()} threads")
+          f"vocabulary {model.config.vocab:,}; {device}, {torch.get_num_threads()} threads")
     if world > 1:
         print(f"mesh      {world} processes: {world // shard} {'copy' if world == shard else 'replicas'} of the weights, each sharded over {shard}")
     print(f"check     {checked}")
     if state_folder and state.get("world", 1) != world:
         print(f"          {state_folder.name} was saved by {state.get('world', 1)} processes: with {world}, the last bits of the sums differ")
     print(f"data      {data.hash}: {sum(s['tokens'] for s in data.sidecars):,} tokens in {len(data.files)} files, {len(data):,} instances; "
-        f"the run sees them {steps * c.batch / len(data):.2f} times")
+          f"the run sees them {steps * c.batch / len(data):.2f} times")
     print(f"batch     {c.batch} instances x {c.seq_len} tokens = {tokens_per_step:,} tokens per step "
-        f"({f'{world} processes x ' if world > 1 else ''}{rows // micro_batch} x {micro_batch}); {steps:,} steps = {steps * tokens_per_step:,} tokens")
+          f"({f'{world} processes x ' if world > 1 else ''}{rows // micro_batch} x {micro_batch}); {steps:,} steps = {steps * tokens_per_step:,} tokens")
     if not val_files:
         print("          no held-out text (val/ or --val): the run is not evaluated on the way")
     if step > steps:
@@ -1069,7 +1069,7 @@ def report(c: Config) -> None:
           f"memory    {sum(p['memory'].values()) / GiB:.1f} GiB per GPU at the peak ({counted})")
     for kind in KINDS:
         print(f"          {kind:20}{p['memory'][kind] / GiB:8.2f} GiB")
-    fits = f"{p['largest_micro_batch']} instances" if p["largest_micro_batch"] else "none: use more GPUs, a larger --shard or --recompute"
+    fits = f"{p['largest_micro_batch']} instance{'s' * (p['largest_micro_batch'] > 1)}" if p["largest_micro_batch"] else "none: use more GPUs, a larger --shard or --recompute"
     print(f"fits      largest micro-batch within {USABLE:.0%} of {c.gpu_memory:g} GiB: {fits}\n"
           f"sent      per GPU and step: {', '.join(f'{kind} {size / 1e9:.1f} GB' for kind, size in p['sent'].items())}\n"
           f"time      {max(p['compute'], p['communication']):.2f} s per step = max(compute {p['compute']:.2f}, communication {p['communication']:.2f}): "

@@ -2,6 +2,7 @@
 
     python tests/bench.py              # the laptop's shape
     python tests/bench.py --large      # D 384, 6 layers, vocabulary 100,352, T 512, batch 4
+    python tests/bench.py --plan       # pretrain.py --plan against the published speeds
 
 Prints, for each round, seconds per step (the median) and the process's peak memory, and at the end the ratios. Both use
 fp32, AdamW with the same groups of weights, and clipping. transformers' loss has no z-loss, which favours it a little.
@@ -54,12 +55,26 @@ def measure(side: str, large: bool, steps: int) -> dict:
             "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
 
+def plan_against_published() -> None:
+    """What the published speeds say of the plan's two constants, and how far off the plan is. Layouts: the recipes'."""
+    import pretrain
+    for size, (gpus, speed) in pretrain.PUBLISHED.items():
+        c, _ = pretrain.read_flags(["--size", size, "--gpus", str(gpus)])
+        p, seconds = pretrain.plan(pretrain.SIZES[size], c), c.batch * c.seq_len / gpus / speed
+        print(f"{size:>4}: published {speed:,} tokens/s/GPU, a step in {seconds:.3f} s: efficiency {p['flops'] / seconds / 989e12:.3f}, at least "
+              f"{sum(p['sent'].values()) / seconds / 1e9:.1f} GB/s; planned {p['tokens_per_s']:,.0f}, {p['tokens_per_s'] / speed - 1:+.1%}")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--large", action="store_true")
+    parser.add_argument("--plan", action="store_true")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--side", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.plan:
+        plan_against_published()
+        sys.exit()
     if options.side:
         print(json.dumps(measure(options.side, options.large, 8 if options.large else 60)))
         sys.exit()

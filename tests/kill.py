@@ -1,6 +1,8 @@
 """Kill a training run again and again with SIGKILL, at random moments; in the end it must not show.
 
-    python tests/kill.py --kills 20
+    python tests/kill.py --kills 20                    # one process
+    python tests/kill.py --kills 100 --ranks 2         # two: one of them is killed, and the other a moment later
+    python tests/kill.py --kills 20 --ranks 2 --async-save
 
 Two runs with the same settings: one undisturbed, one killed whenever it has lived for a random time. Their metrics rows
 (without the time fields), final weights and final moments must be equal bit for bit. Children are forked from a parent that
@@ -14,13 +16,16 @@ import json
 import os
 import random
 import signal
+import socket
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import matplotlib.pyplot  # noqa: F401: it and the next would otherwise be imported by every child
 import torch
+import torch._dynamo
 from safetensors.torch import load_file
 
 import pretrain
@@ -29,11 +34,20 @@ from model import SIZES, OLMo2
 TIME_FIELDS = ("seconds", "tokens_per_s", "mfu")
 
 
-def run_once(folder: Path, steps: int) -> None:
+def run_once(folder: Path, steps: int, flags: list[str], environment: dict[str, str]) -> None:
     """The whole of `python pretrain.py …` in this process."""
+    os.environ |= environment
     with open(folder.with_suffix(".log"), "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        pretrain.main(f"--out {folder} --seq-len 32 --batch 4 --micro-batch 2 --tokens {steps * 128} --save-every 4 --keep 2 "
-                      f"--eval-every 16 --val-tokens 512 --threads 1 --data {folder.parent / 'tokens/embedded-laptop'}".split())
+        pretrain.main([*f"--out {folder} --seq-len 32 --batch 4 --micro-batch 2 --tokens {steps * 128} --save-every 4 --keep 2 --eval-every 16 "
+                       f"--val-tokens 512 --threads 1 --data {folder.parent / 'tokens/embedded-laptop'} --sample".split(), "", *flags])
+
+
+def start(ranks: int, *arguments) -> list[int]:
+    """Fork the run's processes; their ids."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    return [fork(run_once, *arguments, world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}) for rank in range(ranks)]
 
 
 def fork(function, *arguments) -> int:
@@ -53,13 +67,13 @@ def fingerprint(run: Path) -> tuple[str, str]:
     rows = [{k: v for k, v in row.items() if k not in TIME_FIELDS} for row in pretrain.read_metrics(run)]
     state = hashlib.sha256()
     for part in ("model", "optim"):
-        for path in (pretrain.list_states(run)[0] / part).glob("*.safetensors"):
+        for path in sorted((pretrain.list_states(run)[0] / part).glob("*.safetensors")):
             for name, tensor in sorted(load_file(path).items()):
                 state.update(name.encode() + tensor.numpy().tobytes())
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest(), state.hexdigest()
 
 
-def main(kills: int, steps: int, folder: Path, seed: int = 0) -> dict:
+def main(kills: int, steps: int, folder: Path, ranks: int = 1, flags: list[str] = [], seed: int = 0) -> dict:
     """Run both; returns the counts. AssertionError if the kills show."""
     torch.set_num_threads(1)  # a forked child of a process with OpenMP threads would wait for them for ever
     torch.optim.AdamW(OLMo2(SIZES["tiny"]).parameters(), fused=True)
@@ -68,19 +82,26 @@ def main(kills: int, steps: int, folder: Path, seed: int = 0) -> dict:
     seconds = []
     for _ in range(2):  # the second finds the run finished: what it takes is starting up
         began = time.time()
-        assert os.waitpid(fork(run_once, calm, steps), 0)[1] == 0, calm.with_suffix(".log").read_text()
+        assert [os.waitpid(pid, 0)[1] for pid in start(ranks, calm, steps, flags)] == [0] * ranks, calm.with_suffix(".log").read_text()
         seconds.append(time.time() - began)
     whole, startup = seconds
     rng, killed, replayed = random.Random(seed), 0, 0
     while True:
-        pid = fork(run_once, stormy, steps)
-        time.sleep(rng.uniform(0.2 * startup, 0.6 * startup + 8 * (whole - startup) / steps)) if killed < kills else None
-        done, status = os.waitpid(pid, os.WNOHANG if killed < kills else 0)
-        if done:
-            assert status == 0, stormy.with_suffix(".log").read_text()[-3000:]
+        living = start(ranks, stormy, steps, flags)
+        if killed >= kills:
+            assert [os.waitpid(pid, 0)[1] for pid in living] == [0] * ranks, stormy.with_suffix(".log").read_text()[-3000:]
             break
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        time.sleep(rng.uniform(0.2 * startup, 0.6 * startup + 8 * (whole - startup) / steps))
+        ended = [os.waitpid(pid, os.WNOHANG) for pid in living]
+        if all(pid for pid, _ in ended):
+            assert [status for _, status in ended] == [0] * ranks, stormy.with_suffix(".log").read_text()[-3000:]
+            break
+        rng.shuffle(living)
+        for pid in living:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            time.sleep(rng.uniform(0, 0.1) if ranks > 1 else 0)  # what do the others do meanwhile?
         killed += 1
         reached = max([row["step"] for row in pretrain.read_metrics(stormy)], default=0)
         state = pretrain.newest_state(stormy)
@@ -93,9 +114,12 @@ def main(kills: int, steps: int, folder: Path, seed: int = 0) -> dict:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=0, help="of the run; default: 24 per kill")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=0, help="of the run; default: 24 per kill, 12 of two ranks")
+    parser.add_argument("--async-save", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as path:
-        result = main(options.kills, options.steps or 24 * options.kills, Path(path))
+        steps = options.steps or (24 if options.ranks == 1 else 12) * options.kills
+        result = main(options.kills, steps, Path(path), options.ranks, ["--async-save"] * options.async_save)
     assert result["kills"] >= options.kills, f"the run ended after {result['kills']} kills: give it more --steps"
     print(f"{result}: as if it had never been killed")

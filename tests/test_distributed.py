@@ -91,11 +91,11 @@ def test_recomputation_accumulation_and_zero_2_change_nothing_but_memory(pair, h
 
 def test_bf16_computes_in_bf16_and_keeps_fp32(here):
     """The policy that CUDA gets, on this CPU."""
-    ranks(2, "runs/half", 4, fault="bf16")
-    ranks(2, "runs/whole", 4)
-    half, whole = ([row["loss"] for row in read_metrics(here / f"runs/{name}") if row["event"] == "step"] for name in ("half", "whole"))
+    ranks(2, "runs/bf16", 4, fault="bf16")
+    ranks(2, "runs/fp32", 4)
+    half, whole = ([row["loss"] for row in read_metrics(here / f"runs/{name}") if row["event"] == "step"] for name in ("bf16", "fp32"))
     assert half != whole and half == pytest.approx(whole, rel=5e-3)
-    assert all(t.dtype == torch.float32 for t in tensors_of(here / "runs/half").values())
+    assert all(t.dtype == torch.float32 for t in tensors_of(here / "runs/bf16").values())
 
 
 # ---- states

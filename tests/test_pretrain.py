@@ -196,9 +196,10 @@ def test_starts_from_the_weights_of_another_run(finished, here, tmp_path, capsys
 # ---- interruption and damage
 
 
-def test_twenty_kills_do_not_show(tmp_path):
+@pytest.mark.parametrize("flags", [["--kills", "10"], ["--kills", "6", "--ranks", "2"]])
+def test_kills_do_not_show(flags, tmp_path):
     """In a process of its own, whose children are forked before any thread is started."""
-    out = subprocess.run([sys.executable, ROOT / "tests/kill.py", "--kills", "20"], capture_output=True, text=True, cwd=tmp_path)
+    out = subprocess.run([sys.executable, ROOT / "tests/kill.py", *flags], capture_output=True, text=True, cwd=tmp_path)
     assert out.returncode == 0 and "as if it had never been killed" in out.stdout, out.stderr[-3000:]
 
 
