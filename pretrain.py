@@ -264,6 +264,13 @@ def start_ranks(c: Config) -> torch.device:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
+
+    def lonely(text: str) -> UserError:
+        """Rank 0, who speaks for all, may be the one that is missing."""
+        if rank:
+            print(f"rank {rank}: error: {text}", file=sys.stderr)
+        return UserError(text)
+
     store = distributed.HashStore()
     if "RANK" in env:
         # torchrun may lend us its own store, which outlives a restart: what the dead processes left there must not be read.
@@ -275,16 +282,17 @@ def start_ranks(c: Config) -> torch.device:
         try:
             store = distributed.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=rank == 0 and not lent, timeout=wait)
         except (KeyError, RuntimeError) as error:
-            raise UserError(f"rank {rank} of {world} did not reach rank 0 at {env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')} "
-                            f"within {c.timeout} s ({str(error).splitlines()[0]}): start with torchrun, and see whether rank 0 lives") from None
+            raise lonely(f"rank {rank} of {world} did not reach rank 0 at {env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')} "
+                         f"within {c.timeout} s ({str(error).splitlines()[0]}): start with torchrun, and see whether rank 0 lives") from None
         store = distributed.PrefixStore(f"attempt {env.get('TORCHELASTIC_RESTART_COUNT', 0) if lent else 0}", store)
         store.set(f"rank {rank}", socket.gethostname())
         try:
             store.wait([f"rank {r}" for r in range(world)], wait)
         except RuntimeError:
-            missing = [str(r) for r in range(world) if not store.check([f"rank {r}"])]
-            raise UserError(f"rank {', '.join(missing[:8])} of {world} did not come within {c.timeout} s: look at what it says, and whether "
-                            "its node is up; --timeout changes the wait") from None
+            missing = [r for r in range(world) if not store.check([f"rank {r}"])]
+            text = (f"rank {', '.join(map(str, missing[:8]))} of {world} did not come within {c.timeout} s: look at what it says, and "
+                    "whether its node is up; --timeout changes the wait")
+            raise (lonely if rank == min(set(range(world)) - set(missing)) else UserError)(text) from None
     distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
                                    timeout=datetime.timedelta(seconds=c.timeout), device_id=device if device.type == "cuda" else None)
     return device

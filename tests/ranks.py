@@ -178,11 +178,16 @@ def full_disk(rank: int) -> None:
     at_batch(rank, {1: lambda step: step == 12 and resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))})
 
 
-def stuck(rank: int) -> None:
+def stuck(rank: int, who: int = 1) -> None:
     """Rank 1 never comes."""
-    if rank == 1:
+    if rank == who:
         signal.alarm(8)
         signal.pause()
+
+
+def headless(rank: int) -> None:
+    """Rank 0 never comes."""
+    stuck(rank, 0)
 
 
 def at_batch(rank: int, actions: dict) -> None:
