@@ -498,7 +498,7 @@ def embedded_corpus(tokenizer: Tokenizer, out: Path = Path("tokens")) -> Path:
     counts, digest = {}, hashlib.sha256()
     for split in ("train", "val"):
         sources = embedded_documents(split)
-        for source, documents in tqdm(sources.items(), desc=f"embedded corpus, {split}", leave=False):
+        for source, documents in tqdm(sources.items(), desc=f"embedded corpus, {split}", leave=False, disable=None):
             random.Random(0).shuffle(documents)  # a file's order is free: instances are shuffled, neighbours are not
             counts[f"{split}/{source}"] = write_tokens(documents, aside / split, source, tokenizer)
             digest.update("\0".join(documents).encode("utf-8", "replace"))

@@ -73,7 +73,7 @@ def accuracy(model: OLMo2, tokenizer: Tokenizer, task: str, count: int = 500, se
     """Share of `count` held-out items of `task` that the model answers exactly, greedily, in at most 48 tokens."""
     items = list(task_items(task, "val", count, seed))
     right = 0
-    for i in tqdm(range(0, count, batch), desc=task, leave=False, disable=rank_and_world()[0] > 0):
+    for i in tqdm(range(0, count, batch), desc=task, leave=False, disable=rank_and_world()[0] > 0 or None):
         part = items[i : i + batch]
         answers, _ = model.generate([tokenizer.encode(item["prompt"]) for item in part], 48, temperature=0, eos=tokenizer.eos)
         right += sum(is_right(task, tokenizer.decode(t for t in answer if t != tokenizer.eos), item["gold"])

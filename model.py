@@ -55,6 +55,8 @@ def run_cli(main) -> None:
         if rank == 0 or alone:
             print(f"{f'rank {rank}: ' if rank else ''}error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("interrupted" if int(os.environ.get("RANK", 0)) == 0 else 1)
 
 
 def rank_and_world() -> tuple[int, int]:

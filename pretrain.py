@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import fcntl
 import functools
 import hashlib
 import json
@@ -85,7 +86,7 @@ class Config:
     # ---- batches
     seq_len: Count = 4096  # tokens of an instance (paper Table 1)
     batch: Count = 512  # instances per optimizer step, over all processes
-    micro_batch: Count = 4  # at most so many instances per forward and backward of a process; fewer take less memory, same result
+    micro_batch: Count = 4  # at most so many instances per forward and backward of a process; fewer take less memory, other last bits
     tokens: Count = 0  # length of the run, rounded up to whole steps (the schedule does not follow: see horizon)
     seed: Count = 6198  # of the data order (official yamls)
     init_seed: Count = 6198  # of the random weights (official yamls)
@@ -129,8 +130,8 @@ class Config:
     timeout: Count = 600  # seconds that a process waits for another one before it gives up
     # ---- planning
     plan: bool = False  # train nothing: print what --gpus of these would need and do
-    gpus: Count = 1  # of the plan, H100
-    gpu_memory: float = 80.0  # GiB of one, of the plan
+    gpus: Count = 1  # H100s of the plan
+    gpu_memory: float = 80.0  # GiB of each GPU of the plan
 
 
 # Published values: official yamls and launch scripts of OLMo (1B, 7B, 13B) and OLMo-core (32B); paper Table 3. Where the
@@ -152,7 +153,7 @@ RECIPES: dict[str, dict] = {
                 shard=256, recompute=1.0, recompute_part="mlp"),
     # Ours, for a laptop: see the README for what each choice was measured against. As in the release, the cosine's
     # horizon is a quarter beyond the end of the run.
-    "tiny": dict(tokenizer="laptop", seq_len=128, batch=8, micro_batch=8, tokens=2500 * 1024, lr=1e-2, warmup=50 * 1024, embed_std=1.0,
+    "tiny": dict(tokenizer="laptop", seq_len=128, batch=8, micro_batch=8, tokens=2500 * 1024, lr=1e-2, warmup=50 * 1024,
                  horizon=3125 * 1024, skip_sigma=6.0, save_every=625, keep=3, eval_every=625, log_every=50),
 }
 # Ours, for the ladder, after OLMo's own (OLMo scripts/ladder.py): lr 4.7e-3 (N / 108M)^(-1/3) and 20 tokens per parameter.
@@ -171,7 +172,7 @@ def read_flags(arguments: list[str] | None) -> tuple[Config, dict[str, str]]:
     """(the config, where each value came from): class defaults < recipe of --size < flags. Raises UserError."""
     arguments = sys.argv[1:] if arguments is None else arguments
     words = [word for argument in arguments for word in argument.split("=", 1)]
-    size = words[words.index("--size") + 1] if "--size" in words[:-1] else Config.size
+    size = next((after for word, after in reversed(list(zip(words, words[1:]))) if word == "--size"), Config.size)
     if size not in SIZES:  # before tyro, which would read the other flags against the wrong recipe
         close = difflib.get_close_matches(size, SIZES, 1, cutoff=0.3)
         raise UserError(f"unknown size {size!r}: {f'did you mean {close[0]}? ' if close else ''}sizes are {', '.join(SIZES)}")
@@ -199,6 +200,8 @@ def check(c: Config) -> None:
               (f"--seq-len {c.seq_len} must be at least 2: a token and the next", c.seq_len >= 2)]
     if problems := [text for text, holds in rules if not holds]:
         raise UserError("; ".join(problems))
+    if c.gpus > 1 and not c.plan:
+        raise UserError(f"--gpus {c.gpus} belongs to --plan; to train on {c.gpus}, start with torchrun --nproc-per-node (see the README)")
     layout(c, c.gpus if c.plan else int(os.environ.get("WORLD_SIZE", 1)))
     if c.plan:
         return
@@ -230,7 +233,10 @@ def layout(c: Config, world: int) -> tuple[int, int, int]:
 
 @contextlib.contextmanager
 def one_voice(errors: bool = False):
-    """Ranks other than 0 print nothing, and with `errors` not even on standard error: all ranks would say the same."""
+    """Ranks other than 0 print nothing, and with `errors` not even on standard error: all ranks would say the same.
+
+    What goes to standard error beside this: a UserError, once (model.py's run_cli), and the rank that is cut off from rank 0.
+    """
     with contextlib.ExitStack() as quiet:
         if int(os.environ.get("RANK", 0)):
             nowhere = quiet.enter_context(open(os.devnull, "w"))
@@ -436,9 +442,15 @@ def save_state(run: Path, state: dict, tensors: dict[str, dict], config: ModelCo
     final = run / f"step{state['step']}-tokens{count_name(state['tokens'])}"
     aside = run / f".saving-{final.name}"
 
+    def describe() -> None:
+        write_config(aside, config, torch.float32)
+        tokenizer.save(aside)
+        write_json(aside / "state.json", state)
+
     def hash_files() -> dict:
         files = sorted(p for p in aside.rglob("*") if p.is_file())[rank::world]
-        [sync(path) for path in files]
+        for path in files:
+            sync(path)
         return {str(p.relative_to(aside)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
 
     def commit() -> None:
@@ -459,7 +471,7 @@ def save_state(run: Path, state: dict, tensors: dict[str, dict], config: ModelCo
             with one_process_is_fine():
                 dcp.save(values, storage_writer=dcp.HuggingFaceStorageWriter(str(aside / part), save_distributed=True), process_group=group)
             first(lambda: check_tensors(aside / part, values))  # reads the files' headers back before they count
-        first(lambda: (write_config(aside, config, torch.float32), tokenizer.save(aside), write_json(aside / "state.json", state)))
+        first(describe)
         hashes = from_all(together(hash_files, group), group)
         first(commit)
     except (UserError, dcp.api.CheckpointException) as error:  # torch wraps what the disk says; its wrapper is no Exception
@@ -497,6 +509,38 @@ def export(run: Path, state: Path, weights: dict[str, Tensor], config: ModelConf
     together(lambda: rank or make_folder(aside), group)
     together(write, group)
     together(lambda: rank or swap(), group)
+
+
+class Saver:
+    """Saves training states, at once or in a thread while training goes on."""
+
+    def __init__(self, run: Path, config: ModelConfig, tokenizer: Tokenizer, keep: int, in_background: bool):
+        self.run, self.config, self.tokenizer, self.keep, self.in_background = run, config, tokenizer, keep, in_background
+        self.thread, self.pending, self.group = ThreadPoolExecutor(1), None, None
+        if in_background:
+            if rank_and_world()[1] > 1:  # a connection of the thread's own, whose messages do not mix with those of the loop
+                self.group = distributed.new_group(backend="gloo", timeout=datetime.timedelta(hours=1))
+            cuda = torch.cuda.is_available()
+            self.stager = DefaultStager(StagingOptions(use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False,
+                                                       use_non_blocking_copy=cuda))
+
+    def save(self, state: dict, tensors: dict[str, dict], wait: bool) -> None:
+        """Raises UserError: of this state, or of the one before, which is waited for."""
+        self.wait()
+        if self.in_background:
+            tensors = self.stager.stage(tensors)  # a copy in CPU memory: training goes on with the original
+        self.pending = self.thread.submit(save_state, self.run, state, tensors, self.config, self.tokenizer, self.keep, self.group)
+        if wait or not self.in_background:
+            self.wait()
+
+    @property
+    def failed(self) -> bool:
+        return self.pending is not None and self.pending.done() and self.pending.exception() is not None
+
+    def wait(self) -> None:
+        pending, self.pending = self.pending, None
+        if pending:
+            pending.result()
 
 
 def sync(path: Path) -> None:
@@ -591,6 +635,26 @@ def open_run(c: Config, origin: dict[str, str], data: TokenData) -> Path:
                      "cpu_capability": torch.backends.cpu.get_cpu_capability(),
                      "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}})
     return run
+
+
+@contextlib.contextmanager
+def sole_writer(run: Path):
+    """Refuse a run that a living process writes: workers, for one, outlive a torchrun that is killed by SIGKILL. By rank 0."""
+    lock = None
+    if run.is_dir() and int(os.environ.get("RANK", 0)) == 0:
+        lock = os.open(run, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lifts it when the process ends, however that happens
+        except BlockingIOError:
+            os.close(lock)
+            raise UserError(f"another process is writing to {run}: wait for it, stop it (pgrep -f pretrain.py), or choose another --out") from None
+        except OSError:  # a disk without locks
+            pass
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def read_metrics(run: Path) -> list[dict]:
@@ -736,7 +800,7 @@ def train(c: Config, origin: dict[str, str]) -> Path:
         print(f"mesh      {world} processes: {world // shard} {'copy' if world == shard else 'replicas'} of the weights, each sharded over {shard}")
     print(f"check     {checked}")
     if state_folder and state.get("world", 1) != world:
-        print(f"          {state_folder.name} was saved by {state.get('world', 1)} processes: with {world}, the last bits of the sums differ")
+        print(f"          {state_folder.name} was saved by {state.get('world', 1)} processes: with {world}, sums have other last bits")
     print(f"data      {data.hash}: {sum(s['tokens'] for s in data.sidecars):,} tokens in {len(data.files)} files, {len(data):,} instances; "
           f"the run sees them {steps * c.batch / len(data):.2f} times")
     print(f"batch     {c.batch} instances x {c.seq_len} tokens = {tokens_per_step:,} tokens per step "
@@ -754,27 +818,14 @@ def train(c: Config, origin: dict[str, str]) -> Path:
         if wandb:
             wandb.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, step=step)
 
-    if c.async_save:  # by a thread with a connection of its own, whose messages do not mix with those of the loop
-        group = distributed.new_group(backend="gloo", timeout=datetime.timedelta(hours=1)) if world > 1 else None
-        stager = DefaultStager(StagingOptions(use_pinned_memory=device.type == "cuda", use_shared_memory=False, use_async_staging=False,
-                                              use_non_blocking_copy=device.type == "cuda"))
-    background, saving = ThreadPoolExecutor(1), None
+    saver = Saver(run, model.config, tokenizer, c.keep, c.async_save)
 
     def save(wait: bool) -> None:
-        nonlocal saving
-        if saving:
-            saving.result()  # raises what went wrong with the one before
         metrics.flush()
         if rank == 0:
             os.fsync(metrics.fileno())
         state = {"step": step, "tokens": step * tokens_per_step, "world": world, "skip_history": list(skip_step.history)}
-        tensors = tensors_of(model, optimizer)
-        if not c.async_save:
-            return save_state(run, state, tensors, model.config, tokenizer, c.keep)
-        copied = stager.stage(tensors)  # to CPU memory: training goes on with the original
-        saving = background.submit(save_state, run, state, copied, model.config, tokenizer, c.keep, group)
-        if wait:
-            saving.result()
+        saver.save(state, tensors_of(model, optimizer), wait)
 
     def evaluate() -> None:
         with torch.compiler.set_stance("force_eager"):  # other shapes than the loop's: compiling for them would take longer
@@ -788,12 +839,17 @@ def train(c: Config, origin: dict[str, str]) -> Path:
             record("sample", text=text)
             print(f"          sample: {text!r}")
 
-    # A signal asks all ranks to stop after the same step. A second one is not caught; under torchrun, which sends its own
-    # to all when somebody presses Ctrl-C, it changes nothing.
+    # A signal asks all ranks to stop after the same step. A second one ends the process at once, but not under torchrun, which
+    # passes on what the terminal has already sent to all.
     stopped_by: list[int] = []
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    handlers = {s: signal.signal(s, lambda number, _: (stopped_by.append(number), under_torchrun or signal.signal(number, signal.SIG_DFL)))
-                for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+
+    def stop_soon(number: int, _) -> None:
+        stopped_by.append(number)
+        if not under_torchrun:
+            signal.signal(number, signal.SIG_DFL)
+
+    handlers = {number: signal.signal(number, stop_soon) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     stop = False
     skipped_in_a_row = 0
     first_step, start = step, time.perf_counter()
@@ -820,11 +876,11 @@ def train(c: Config, origin: dict[str, str]) -> Path:
             grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), c.clip, grad_norm)
             # What one rank knows, all must know at the same step: a signal, or that its last state could not be written.
-            failed = saving is not None and saving.done() and saving.exception() is not None
-            loss, z, stop, failed = all_sum(torch.stack((ce / n, z / n, *torch.tensor((len(stopped_by), failed), device=device)))).tolist()
+            news = torch.tensor((len(stopped_by), saver.failed), device=device)
+            loss, z, stop, failed = all_sum(torch.stack((ce / n, z / n, *news))).tolist()
             grad_norm = grad_norm.item()
             if failed:
-                saving.result()
+                saver.wait()
             take = skip_step(loss, grad_norm)
             if take:
                 optimizer.step()
@@ -855,7 +911,7 @@ def train(c: Config, origin: dict[str, str]) -> Path:
                 save(wait=step == steps or stop)
                 then = time.perf_counter()
     finally:
-        background.shutdown()
+        saver.thread.shutdown()
         metrics.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -1016,7 +1072,7 @@ def plan(shape: ModelConfig, c: Config) -> dict:
     seconds = max(FLOPs / (EFFICIENCY * peak), bytes / BUS): communication hides behind compute, or the other way round.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
-    _, rows, micro_batch = layout(c, c.gpus)
+    shard, rows, micro_batch = layout(c, c.gpus)
     eager = dataclasses.replace(c, compile=False)  # torch.compile does nothing under a dispatch mode: see `kept`
     # Two depths: whole periods of recomputation, from three blocks on, when all of FSDP's buffers are in use.
     period = Fraction(c.recompute).limit_denominator(16).denominator
@@ -1037,7 +1093,8 @@ def plan(shape: ModelConfig, c: Config) -> dict:
         return line(layers, depths, [line(m, micro_batches, [counted[depth, n] for n in micro_batches]) for depth in depths])
 
     def kept(m: int) -> float:
-        """Bytes that compiled blocks keep from forward to backward: bf16 in and out of matrices and attention, once each."""
+        """Bytes that compiled blocks keep from forward to backward, in bf16: the block's input, q and k before norm and after
+        RoPE, v, the outputs of attention and of o_proj, the MLP's input, gate, up, their product and its output."""
         block = 2 * (7 * shape.d_model + 3 * shape.kv_heads * shape.head_dim + 3 * shape.ffn) + 4 * shape.heads  # per token
         recomputed = block - 6 * shape.ffn if c.recompute_part == "mlp" else 2 * shape.d_model
         return shape.layers * m * c.seq_len * (c.recompute * recomputed + (1 - c.recompute) * block)
@@ -1052,6 +1109,8 @@ def plan(shape: ModelConfig, c: Config) -> dict:
         return max(phases, key=lambda kinds: sum(kinds.values()))
 
     step = counts(shape.layers, micro_batch)
+    if shard > 1 and not (step["all-gather"] and step["reduce-scatter"]):
+        raise RuntimeError(f"torch {torch.__version__} names its collectives otherwise than `Ledger` does")
     micro_steps = rows // micro_batch
     sent = {kind: step[kind] * (1 if kind == "all-reduce" else micro_steps) for kind in ("all-gather", "reduce-scatter", "all-reduce")}
     flops, peak = step["FLOPs"] * micro_steps, PEAK_FLOPS["H100"]
@@ -1067,40 +1126,57 @@ def plan(shape: ModelConfig, c: Config) -> dict:
 
 def report(c: Config) -> None:
     """Print the plan of `c` on --gpus H100."""
-    shape = dataclasses.replace(SIZES[c.size], norm_position=c.norm_position, qk_norm=c.qk_norm, norm=c.norm)
+    if c.init:
+        shape = read_config(find_weights(c.init)[0])
+    else:
+        vocab = SIZES[c.size].vocab if c.tokenizer in ("olmo2", RECIPES[c.size].get("tokenizer")) else get_tokenizer(c.tokenizer).padded_vocab_size
+        shape = dataclasses.replace(SIZES[c.size], vocab=vocab, norm_position=c.norm_position, qk_norm=c.qk_norm, norm=c.norm)
     p, (shard, rows, micro_batch) = plan(shape, c), layout(c, c.gpus)
-    GiB = 2**30
-    counted = (f"blocks compiled: an estimate, {p['eager'] / GiB:.1f} counted without torch.compile" if c.compile else "without torch.compile")
+    GiB, usable = 2**30, USABLE * c.gpu_memory
+    peak, best = sum(p["memory"].values()) / GiB, p["largest_micro_batch"]
+    counted = f"blocks compiled: an estimate, {p['eager'] / GiB:.1f} counted without torch.compile" if c.compile else "without torch.compile"
+    fits = f"largest micro-batch within {USABLE:.0%} of {c.gpu_memory:g} GiB: "
+    if best:
+        fits += f"{best} instance{'s' * (best > 1)}{', all that a GPU has of the batch' if best == rows else ''}"
+    else:
+        thrifty = dataclasses.replace(c, micro_batch=1, recompute=1.0, recompute_part="block", reshard=True, shard=0)
+        fits += (f"none; --micro-batch 1 --recompute 1 --recompute-part block --reshard --shard 0 takes {sum(plan(shape, thrifty)['memory'].values()) / GiB:.1f} GiB"
+                 if c != thrifty else "none: more GPUs are needed, or larger ones")
     print(f"model     {c.size}: {p['parameters']:,} parameters, {shape.layers} layers, D {shape.d_model}\n"
-          f"mesh      {c.gpus:,} H100: {c.gpus // shard} x {shard} that share one copy of the weights\n"
+          f"mesh      {c.gpus:,} H100, {c.gpus // shard} replica{'s' * (c.gpus > shard)} of the weights, each sharded over {shard}\n"
           f"batch     {c.batch} x {c.seq_len} = {c.batch * c.seq_len:,} tokens per step; per GPU {rows // micro_batch} x {micro_batch} instances\n"
-          f"memory    {sum(p['memory'].values()) / GiB:.1f} GiB per GPU at the peak ({counted})")
+          f"memory    {peak:.1f} GiB per GPU at the peak{'' if peak <= usable else f': DOES NOT FIT in {USABLE:.0%} of {c.gpu_memory:g}'} "
+          f"({counted})")
     for kind in KINDS:
         print(f"          {kind:20}{p['memory'][kind] / GiB:8.2f} GiB")
-    fits = f"{p['largest_micro_batch']} instance{'s' * (p['largest_micro_batch'] > 1)}" if p["largest_micro_batch"] else "none: use more GPUs, a larger --shard or --recompute"
-    print(f"fits      largest micro-batch within {USABLE:.0%} of {c.gpu_memory:g} GiB: {fits}\n"
-          f"sent      per GPU and step: {', '.join(f'{kind} {size / 1e9:.1f} GB' for kind, size in p['sent'].items())}\n"
-          f"time      {max(p['compute'], p['communication']):.2f} s per step = max(compute {p['compute']:.2f}, communication {p['communication']:.2f}): "
+    print(f"fits      {fits}\n"
+          f"sent      per GPU and step: {', '.join(f'{kind} {size / 1e9:,.1f} GB' for kind, size in p['sent'].items())}\n"
+          f"time      {max(p['compute'], p['communication']):.3g} s per step = max(compute {p['compute']:.3g}, communication {p['communication']:.3g}): "
           "one hides behind the other\n"
-          f"          compute = {p['flops'] / 1e12:,.0f} TFLOP per GPU, recomputation included, / ({EFFICIENCY} x 989 TFLOP/s)\n"
-          f"          communication = {sum(p['sent'].values()) / 1e9:.1f} GB / {BUS / 1e9:.0f} GB/s, the least that the published 7B implies\n"
+          f"          compute = {p['flops'] / 1e12:,.1f} TFLOP per GPU, recomputation included, / ({EFFICIENCY} x 989 TFLOP/s)\n"
+          f"          communication = {sum(p['sent'].values()) / 1e9:,.1f} GB / {BUS / 1e9:.0f} GB/s\n"
+          f"          from the published 1B and 7B: {EFFICIENCY} of the peak in large compiled blocks (small models do less: launching kernels "
+          f"takes longer than\n          running them), and {BUS / 1e9:.0f} GB/s, the least that the 7B sent across nodes (within a node it is faster)\n"
           f"speed     {p['tokens_per_s']:,.0f} tokens/s/GPU; MFU {p['mfu']:.1%} with attention in full, {p['mfu_causal']:.1%} causal")
     if p["communication"] > p["compute"]:
         print(f"          up to {p['tokens_per_s'] * p['communication'] / p['compute']:,.0f} tokens/s/GPU if the network is faster than that")
-    if PUBLISHED.get(c.size, (0,))[0] == c.gpus:
-        speed = PUBLISHED[c.size][1]
+    gpus, speed = PUBLISHED.get(c.size, (0, 0))
+    if gpus == c.gpus and all(getattr(c, name) == getattr(Config(size=c.size, **RECIPES[c.size]), name)
+                              for name in ("batch", "seq_len", "tokenizer", "micro_batch", "shard", "reshard", "recompute", "recompute_part", "compile", "init")):
         print(f"          published {speed:,} tokens/s/GPU: the plan is {p['tokens_per_s'] / speed - 1:+.1%} off"
               f"{' (it is calibrated on this one)' if c.size in ('1B', '7B') else ''}")
 
 
 def main(arguments: list[str] | None = None) -> None:
     c, origin = read_flags(arguments)
+    check(c)
     if c.plan:
-        check(c)
-        return report(c)
-    with one_voice():
+        with one_voice():
+            return report(c)
+    c = dataclasses.replace(c, out=c.out or f"runs/{c.size}/pretrain")
+    with one_voice(), sole_writer(Path(c.out)):
         try:
-            train(dataclasses.replace(c, out=c.out or f"runs/{c.size}/pretrain"), origin)
+            train(c, origin)
         except RuntimeError as error:
             if rank_and_world()[1] > 1 and any(word in str(error) for word in ("gloo", "NCCL", "TCPStore")):  # not a bug of ours
                 sys.exit(f"rank {distributed.get_rank()} lost the others, one of them has ended or hangs: {str(error).strip().splitlines()[0]}")

@@ -80,12 +80,13 @@ def test_it_suggests_the_largest_micro_batch(capsys):
     assert best in (2, 4, 8)  # of 16 rows
     assert planned(best, 30)["eager"] <= 0.9 * 30 * 2**30 < planned(2 * best, 30)["eager"]
     module.main("--size 190M --gpus 4 --batch 64 --seq-len 4096 --plan --gpu-memory 1".split())
-    assert "fits      largest micro-batch within 90% of 1 GiB: none: use more GPUs" in capsys.readouterr().out
+    assert "fits      largest micro-batch within 90% of 1 GiB: none; --micro-batch 1 --recompute 1 --recompute-part block --reshard --shard 0 takes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, words", [
     ("--size 32B --gpus 1280 --plan", "--batch 2048 = 1.60 x 1280 processes does not divide: use --batch 1280 or 2560"),
     ("--size 32B --gpus 960 --batch 1920 --plan", "960 processes = 3.75 x --shard 256 does not divide: use --shard 240 or 320"),
+    ("--gpus 8", "--gpus 8 belongs to --plan; to train on 8, start with torchrun"),
     ("--plan --gpus 0", "--gpus 0 must be at least 1"), ("--plan --recompute 1.5", "--recompute 1.5 must be from 0 to 1")])
 def test_bad_plans(flags, words, capsys):
     assert words in fails(module.main, flags.split(), capsys)
@@ -94,4 +95,4 @@ def test_bad_plans(flags, words, capsys):
 def test_it_works_for_2560_rows_over_1280_gpus(capsys):
     module.main("--size 32B --gpus 1280 --batch 2560 --plan".split())
     out = capsys.readouterr().out
-    assert "1,280 H100: 5 x 256" in out and "per GPU 1 x 2 instances" in out and not os.path.exists("runs/32B")
+    assert "1,280 H100, 5 replicas of the weights, each sharded over 256" in out and "per GPU 1 x 2 instances" in out and not os.path.exists("runs/32B")

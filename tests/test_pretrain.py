@@ -219,6 +219,17 @@ def test_a_signal_saves_and_stops(number, finished, here, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_run_has_one_writer(finished, here, capsys):
+    command = [sys.executable, "-c", f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import pretrain\n"
+               f"with pretrain.sole_writer(pretrain.Path({str(finished)!r})): print('writing', flush=True); time.sleep(60)"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout.readline() == "writing\n"
+        assert "another process is writing to" in fails(module.main, [*SHORT, "--tokens", "2048", "--horizon", "4096", "--out", str(finished)], capsys)
+        child.kill()  # and dead it does not stand in the way
+        child.wait()
+        run(finished, 16)
+
+
 @pytest.mark.parametrize("damage", ["bit flipped", "file truncated", "file missing", "file too many", "manifest cut", "manifest missing"])
 def test_a_damaged_state_is_named_and_the_one_before_is_used(damage, finished, here, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")

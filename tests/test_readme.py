@@ -49,6 +49,7 @@ def test_every_command_names_what_exists():
     for path in re.findall(r"\]\(([\w./]+)\)", README):
         assert (ROOT / path).exists(), path
     text = (ROOT / "pretrain.py").read_text()
+    text += subprocess.run([sys.executable, "-m", "torch.distributed.run", "--help"], capture_output=True, text=True).stdout
     for flag in re.findall(r"`(--[\w-]+)[ `]", README):
         assert flag.removeprefix("--no-").removeprefix("--").replace("-", "_") in text, flag
 
