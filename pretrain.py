@@ -45,7 +45,7 @@ import tyro
 from safetensors import SafetensorError
 from torch import Tensor, distributed
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -520,9 +520,7 @@ class Saver:
         if in_background:
             if rank_and_world()[1] > 1:  # a connection of the thread's own, whose messages do not mix with those of the loop
                 self.group = distributed.new_group(backend="gloo", timeout=datetime.timedelta(hours=1))
-            cuda = torch.cuda.is_available()
-            self.stager = DefaultStager(StagingOptions(use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False,
-                                                       use_non_blocking_copy=cuda))
+            self.stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())  # cached: pinned memory
 
     def save(self, state: dict, tensors: dict[str, dict], wait: bool) -> None:
         """Raises UserError: of this state, or of the one before, which is waited for."""

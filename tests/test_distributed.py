@@ -149,6 +149,8 @@ def test_hf_weights_load_into_shards(pair, here):
 def test_async_states_are_the_same_states(pair, here):
     ranks(2, "runs/async", 16, "--async-save")
     same_ranks(pair, here / "runs/async")
+    for one, two in zip(list_states(pair)[1].rglob("*.safetensors"), list_states(here / "runs/async")[1].rglob("*.safetensors")):
+        assert module.sha256(one) == module.sha256(two)  # of the step itself, though training went on while it was written
     log = ranks(2, "runs/async-full", 16, "--async-save", fault="full_disk", status=2)
     assert log.count("error: could not save runs/async-full/step16") == 1 and "File too large" in log
     assert [p.name for p in list_states(here / "runs/async-full")] == ["step8-tokens2K"]
