@@ -1,6 +1,6 @@
 """Stage 1, and the one training loop of the project.
 
-    python pretrain.py                                        # laptop: the embedded corpus, about 3 minutes on 2 cores
+    python pretrain.py                                        # laptop: the embedded corpus, 3 to 4 minutes on 2 cores
     python pretrain.py --data tokens/shakespeare --out runs/shakespeare             # your own text (data.py makes tokens)
     python pretrain.py --size 190M --data tokens/mine                               # one GPU: bf16, fp32 master weights
     torchrun --nproc-per-node 8 pretrain.py --size 7B --data tokens/mine            # one node; many: see the README
