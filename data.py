@@ -33,7 +33,7 @@ import tiktoken
 import tyro
 from tqdm import tqdm
 
-from model import UserError, find_weights, read_json, run_cli, sha256, write_json
+from model import UserError, find_weights, put_in_place, read_json, run_cli, sha256, write_json
 
 HERE = Path(__file__).parent
 
@@ -267,14 +267,64 @@ def token_files(paths: Iterable[str | Path], split: str) -> list[Path]:
     return files
 
 
+def mix_sources(mix: Iterable[str], split: str, tokenizer: Tokenizer) -> dict[str, tuple[float, list[Path]]]:
+    """{source: (its share of the tokens, its files of `split`)} of a mix, each part of which reads source=weight.
+
+    A source is one of the embedded corpus (prose=0.5) or, as for --data, a folder or a file (tokens/mine=2); weights count
+    relative to their sum. On val, a source without held-out files has none. Raises UserError.
+    """
+    sources, weights = {}, {}
+    for part in mix:
+        name, _, weight = part.rpartition("=")
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            weights[name] = 0.0
+        if not name or not 0 < weights[name] < float("inf"):
+            raise UserError(f"--mix {part}: expected source=weight with a weight above 0, as in prose=0.9 math=0.1")
+        if name in SOURCES:
+            sources[name] = sorted((embedded_corpus(tokenizer, stage=SOURCES[name]) / split).glob(f"{name}-*.npy"))
+        elif not Path(name).exists():
+            raise UserError(f"--mix {part}: no such source; the embedded ones are {', '.join(SOURCES)}, all others are folders or token files")
+        else:
+            has_val = Path(name, "val").is_dir()
+            sources[name] = token_files([name], split) if split == "train" or has_val else []
+    if len(sources) < len(list(mix)):
+        raise UserError(f"--mix {' '.join(mix)}: name each source once, with the weight that it has in all")
+    return {name: (weights[name] / sum(weights.values()), files) for name, files in sources.items()}
+
+
+def mix_files(sources: dict[str, tuple[float, list[Path]]], instances: int, seq_len: int) -> tuple[list[Path], list[int]]:
+    """(files, instances to take of each): `instances` in all, shared out over the sources by weight.
+
+    What has more takes part with its first instances; what has less is repeated by listing its files again, as the official
+    mixes do. Every order of this list is the same data.
+    """
+    files, counts, before, share = [], [], 0, 0.0
+    for name, (weight, paths) in sources.items():
+        share += weight
+        left, before = round(instances * share) - before, round(instances * share)
+        sizes = [path.stat().st_size // 4 // seq_len for path in paths]
+        if not sum(sizes):
+            raise UserError(f"--mix {name}: no instance of {seq_len} tokens")
+        while left:
+            for path, size in zip(paths, sizes):
+                if take := min(size, left):
+                    files.append(path)
+                    counts.append(take)
+                    left -= take
+    return files, counts
+
+
 class TokenData:
     """Instances of `seq_len` tokens over token files, in the official order.
 
     Raises UserError for a file that is empty, truncated, or made by another tokenizer than `tokenizer`.
     """
 
-    def __init__(self, files: list[Path], seq_len: int, tokenizer: Tokenizer):
-        self.files, self.seq_len, self.tokenizer = [Path(f) for f in files], seq_len, tokenizer
+    def __init__(self, files: list[Path], seq_len: int, tokenizer: Tokenizer, counts: list[int] | None = None):
+        """`counts`: how many instances of each file take part, its first ones (None: all), see `mix_files`."""
+        self.files, self.seq_len, self.tokenizer, self.counts = [Path(f) for f in files], seq_len, tokenizer, counts
         self.sidecars: list[dict] = []
         for path in self.files:
             size = path.stat().st_size
@@ -289,7 +339,7 @@ class TokenData:
                                 f"{tokenizer.name!r}: pass --tokenizer {sidecar['tokenizer']}, or tokenise the text again")
             self.sidecars.append({"tokens": size // 4, **sidecar})
         # ends[i]: instances in files 0..i. A file's remainder below seq_len tokens is dropped.
-        self.ends = np.cumsum([s["tokens"] // seq_len for s in self.sidecars])
+        self.ends = np.cumsum(counts or [s["tokens"] // seq_len for s in self.sidecars])
         self._opened = functools.lru_cache(maxsize=4096)(lambda i: np.memmap(self.files[i], "<u4", "r"))
         self._order = functools.lru_cache(maxsize=1)(self.order)
 
@@ -299,7 +349,8 @@ class TokenData:
     @property
     def hash(self) -> str:
         """12 hex digits of what the data are: names, sizes, and contents where a .json beside the file knows them."""
-        rows = [(path.name, s["tokens"], s.get("sha256")) for path, s in zip(self.files, self.sidecars)]
+        rows = [[path.name, s["tokens"], s.get("sha256")] for path, s in zip(self.files, self.sidecars)]
+        rows += [self.counts] if self.counts else []
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
 
     def instance(self, i: int) -> np.ndarray:
@@ -365,8 +416,9 @@ def has_repeats(tokens: np.ndarray, longest: int = 13, times: int = 32) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The embedded corpus: what every Python installation carries, and what two generators make
+# The embedded corpus: what every Python installation carries, and what three generators make
 
+SOURCES = {"docs": 1, "code": 1, "prose": 2, "math": 2, "qa": 2, "instruct": 2, "sums": 2}  # for --mix; where both stages have one, stage 2's
 HELD_OUT = 20  # one module in 20 is held out, and one set of operands in 10
 
 
@@ -375,13 +427,30 @@ def held_out(key: str, one_in: int = HELD_OUT) -> bool:
     return int(hashlib.md5(key.encode()).hexdigest(), 16) % one_in == 0
 
 
-def embedded_documents(split: str, seed: int = 0) -> dict[str, list[str]]:
+def embedded_documents(split: str, stage: int = 1) -> dict[str, list[str]]:
     """source -> documents of the split (train or val), deduplicated; the same for the same Python installation.
 
-    docs: English reference prose (pydoc_data) and the standard library's docstrings. code: its source without them.
-    math and qa: seeded generators (below). A module's docstrings and code are on the same side of the split, and a
+    Stage 1. docs: English reference prose (pydoc_data) and the standard library's docstrings. code: its source without
+    them. math and qa: seeded generators (below). A module's docstrings and code are on the same side of the split, and a
     paragraph that stands on both sides is kept on train's alone.
+    Stage 2. prose: what `is_prose` keeps of docs. math and qa: more of them. instruct: instructions and what they ask for.
+    sums: a small source of the kind of math.
     """
+    documents = {source: list(texts) for source, texts in library_documents()[split].items()}
+    if stage == 2:
+        kept = ("\n\n".join(filter(is_prose, re.split(r"\n\s*\n", text))) for text in documents["docs"])
+        documents = {"prose": [text + "\n" for text in kept if text]}
+    counts = {"math": 18_000, "qa": 16_000} | ({"instruct": 8_000, "sums": 2_000} if stage == 2 else {})
+    for name, count in counts.items():
+        task, seed = ("math", 3) if name == "sums" else (name, stage)
+        items = task_items(task, split, count, seed) if split == "train" else task_items(task, split, 500)
+        documents[name] = [item["prompt"] + item["answer"] for item in items]
+    return documents
+
+
+@functools.cache
+def library_documents() -> dict[str, dict[str, list[str]]]:
+    """split -> {docs, code} -> documents: what this Python installation carries."""
     import pydoc_data.topics
     library = Path(sysconfig.get_path("stdlib"))
     skip = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "site-packages", "__pycache__", "turtledemo"}
@@ -391,7 +460,7 @@ def embedded_documents(split: str, seed: int = 0) -> dict[str, list[str]]:
     for path in modules:
         source = path.read_text(encoding="utf-8", errors="replace")
         prose, code = split_docstrings(source, path.stem)
-        pages.append((str(path.relative_to(library)), prose, code if len(code) < 40_000 else ""))  # or code would drown prose
+        pages.append((str(path.relative_to(library)), prose, code if len(code) < 10_000 else ""))  # or code would drown the rest
     documents: dict[str, dict[str, list[str]]] = {s: {"docs": [], "code": []} for s in ("train", "val")}
     seen: set[str] = set()
     for side in ("train", "val"):
@@ -406,10 +475,20 @@ def embedded_documents(split: str, seed: int = 0) -> dict[str, list[str]]:
                             seen.add(key) if len(key) > 20 else None  # "import os" and the like may recur
                     if text := "\n\n".join(fresh).strip():
                         documents[side][source].append(text + "\n")
-    count = {"train": 16_000, "val": 500}[split]
-    for task in TASKS:
-        documents[split][task] = [item["prompt"] + item["answer"] for item in task_items(task, split, count, seed)]
-    return documents[split]
+    return documents
+
+
+def is_prose(paragraph: str) -> bool:
+    """Does it read as sentences? Our stand-in for the classifiers that chose Dolmino's web pages (paper section 4.2).
+
+    >>> is_prose("The operator compares two objects. It is true if both are the same one, and in no other case.")
+    True
+    >>> is_prose("key  -- the value to look up"), is_prose("Return 2.")
+    (False, False)
+    """
+    words = paragraph.split()
+    plain = sum(word.strip(".,;:()'\"‘’“”").isalpha() for word in words)
+    return len(words) >= 15 and words[0][0].isupper() and words[-1][-1] in ".!?" and plain >= 0.8 * len(words)
 
 
 def split_docstrings(source: str, module: str) -> tuple[str, str]:
@@ -445,29 +524,34 @@ def task_items(task: str, split: str, count: int, seed: int = 0) -> Iterator[dic
     """
     rng = random.Random(f"{task} {split} {seed}")
     seen: set[str] = set()
+    tries = 0
     while count:
         prompt, answer, gold, operands = TASKS[task](rng)
+        tries += 1
+        if tries > 10_000:
+            raise UserError(f"there are only {len(seen)} different held-out questions of {task}")
         if held_out(f"{task} {sorted(operands)}", one_in=10) == (split == "val") and not (split == "val" and prompt in seen):
             seen.add(prompt)
-            count -= 1
+            tries, count = 0, count - 1
             yield {"prompt": f"Question: {prompt}\nAnswer:", "answer": f" {answer}", "gold": gold}
 
 
 def math_item(rng: random.Random) -> tuple[str, str, str, tuple]:
-    """A sum or difference of two-digit numbers, bare or as a story, worked digit by digit."""
+    """A sum or difference of two-digit numbers, one in three as a story, worked digit by digit."""
     a, b = rng.randint(10, 99), rng.randint(10, 99)
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
+    story = rng.random() < 1 / 3
     if rng.random() < 0.5:
         result, carry = a + b, (a % 10 + b % 10) // 10
         ones = f"{a % 10} + {b % 10} = {a % 10 + b % 10}"
         tens = f"{a // 10} + {b // 10}{' + 1' * carry} = {a // 10 + b // 10 + carry}"
-        prompt = rng.choice([f"What is {a} + {b}?", f"{name} has {a} {thing} and gets {b} more. How many {thing} are there?"])
+        prompt = f"{name} has {a} {thing} and gets {b} more. How many {thing} are there?" if story else f"What is {a} + {b}?"
     else:
         a, b = max(a, b), min(a, b)
         result, borrow = a - b, int(a % 10 < b % 10)
         ones = f"{a % 10 + 10 * borrow} - {b % 10} = {a % 10 + 10 * borrow - b % 10}"
         tens = f"{a // 10} - {b // 10}{' - 1' * borrow} = {a // 10 - b // 10 - borrow}"
-        prompt = rng.choice([f"What is {a} - {b}?", f"{name} has {a} {thing} and loses {b}. How many {thing} are left?"])
+        prompt = f"{name} has {a} {thing} and loses {b}. How many {thing} are left?" if story else f"What is {a} - {b}?"
     return prompt, f"{ones}. {tens}. The answer is {result}.", str(result), (a, b)
 
 
@@ -485,28 +569,41 @@ def qa_item(rng: random.Random) -> tuple[str, str, str, tuple]:
     return prompt, f"{gold}.", gold, (a, b)
 
 
-TASKS = {"math": math_item, "qa": qa_item}
+def instruct_item(rng: random.Random) -> tuple[str, str, str, tuple]:
+    """An instruction about three words, and exactly what it asks for."""
+    a, b, c = rng.sample(THINGS, 3)
+    prompt, answer = rng.choice([
+        (f"Write {a}, {b} and {c} in capital letters.", f"{a}, {b} and {c}".upper()),
+        (f"Write {a}, {b} and {c} the other way round.", f"{c}, {b} and {a}"),
+        (f"Write {a} twice and end with {b}. Do not write {c}.", f"{a} {a} {b}"),
+        (f"List {a}, {b} and {c}, one per line.", f"- {a}\n- {b}\n- {c}")])
+    return prompt, answer, answer, (a, b, c)
 
 
-def embedded_corpus(tokenizer: Tokenizer, out: Path = Path("tokens")) -> Path:
-    """The folder of the embedded corpus in a tokenizer's ids; built when it is absent or was built by another version."""
-    folder = out / f"embedded-{tokenizer.name}"
+TASKS = {"math": math_item, "qa": qa_item, "instruct": instruct_item}
+
+
+def embedded_corpus(tokenizer: Tokenizer, out: Path = Path("tokens"), stage: int = 1) -> Path:
+    """The folder of a stage's embedded corpus in a tokenizer's ids; built when it is absent or was built by another version."""
+    folder = out / f"{'embedded' if stage == 1 else 'dolmino'}-{tokenizer.name}"
     version = hashlib.sha256(Path(__file__).read_bytes() + tokenizer.fingerprint.encode() + sys.version.encode()).hexdigest()[:12]
-    if (folder / "corpus.json").exists() and read_json(folder / "corpus.json").get("version") == version:
+    is_there = lambda: (folder / "corpus.json").exists() and read_json(folder / "corpus.json").get("version") == version
+    if is_there():
         return folder
     aside = make_folder(folder.with_name(f".{folder.name}-{os.getpid()}"))
     counts, digest = {}, hashlib.sha256()
     for split in ("train", "val"):
-        sources = embedded_documents(split)
-        for source, documents in tqdm(sources.items(), desc=f"embedded corpus, {split}", leave=False, disable=None):
+        sources = embedded_documents(split, stage)
+        for source, documents in tqdm(sources.items(), desc=f"{folder.name}, {split}", leave=False, disable=None):
             random.Random(0).shuffle(documents)  # a file's order is free: instances are shuffled, neighbours are not
             counts[f"{split}/{source}"] = write_tokens(documents, aside / split, source, tokenizer)
             digest.update("\0".join(documents).encode("utf-8", "replace"))
     write_json(aside / "corpus.json", {"version": version, "python": sys.version.split()[0],
                                        "sha256": digest.hexdigest(), "counts": counts})
-    if folder.exists():
-        shutil.rmtree(folder)
-    aside.rename(folder)
+    if is_there():  # another process, started beside this one, was faster
+        shutil.rmtree(aside)
+    else:
+        put_in_place(aside, folder)
     return folder
 
 
@@ -528,7 +625,7 @@ def remake_vocab(path: Path, size: int = 1000) -> None:
         raise UserError("remaking the vocabulary needs the tokenizers library: pip install tokenizers") from None
     corpus = embedded_documents("train")
     chat = ["<|system|>\n\n<|user|>\n\n<|assistant|>\n"] * 500  # so that the headers of the chat template take few tokens
-    texts = corpus["docs"] + corpus["code"][::3] + corpus["math"][::4] + corpus["qa"][::4] + chat
+    texts = corpus["docs"] + corpus["code"] + corpus["math"][::4] + corpus["qa"][::4] + chat
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
     trained.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
         tokenizers.pre_tokenizers.Split(tokenizers.Regex(LAPTOP), "isolated"),

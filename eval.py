@@ -5,7 +5,7 @@
 
 One row a model, one column a task. Bits per byte compares models with different tokenizers: the cross-entropy of the
 held-out tokens, in bits, over the bytes of text that they stand for (predicting an EOS costs bits and brings no byte).
-`math` and `qa` are the generators of data.py on operands that no stage trains on; answers are greedy.
+`math`, `qa` and `instruct` are the generators of data.py on operands that no stage trains on; answers are greedy.
 """
 import math
 import re
@@ -21,9 +21,15 @@ from data import TASKS, TokenData, Tokenizer, embedded_corpus, get_tokenizer, ma
 from model import OLMo2, UserError, best_device, from_all, rank_and_world, run_cli, write_json
 
 
-@torch.no_grad()
 def bits_per_byte(model: OLMo2, data: TokenData, max_tokens: int | None = None, batch_tokens: int = 8192) -> float:
-    """Cross-entropy in bits over bytes, on the first `max_tokens` tokens of `data` (None: all), in file order.
+    """Cross-entropy in bits over bytes, on the first `max_tokens` tokens of `data` (None: all), in file order."""
+    nats, n_bytes, _ = held_out_sums(model, data, max_tokens, batch_tokens)
+    return nats / math.log(2) / n_bytes
+
+
+@torch.no_grad()
+def held_out_sums(model: OLMo2, data: TokenData, max_tokens: int | None = None, batch_tokens: int = 8192) -> tuple[float, int, int]:
+    """(cross-entropy in nats, bytes, targets), each summed over the first `max_tokens` tokens of `data` (None: all).
 
     Every instance is scored alone: its first token is given and not scored, so T - 1 targets per instance. Under torchrun
     the ranks share the instances, and all get the result.
@@ -33,7 +39,7 @@ def bits_per_byte(model: OLMo2, data: TokenData, max_tokens: int | None = None, 
     if count == 0:
         raise UserError(f"the held-out files hold no instance of {data.seq_len} tokens: {', '.join(map(str, data.files))}")
     (rank, world), batch = rank_and_world(), max(1, batch_tokens // data.seq_len)
-    nats, n_bytes = 0.0, 0
+    nats, n_bytes, n_targets = 0.0, 0, 0
     for i in range(0, count, batch * world):  # the same number of forwards on every rank, as FSDP needs it
         mine = range(i, min(i + batch * world, count))[rank::world]
         tokens = np.stack([data.instance(j) for j in mine or [0]])
@@ -43,21 +49,35 @@ def bits_per_byte(model: OLMo2, data: TokenData, max_tokens: int | None = None, 
         ce_sum, _, _ = model.loss(torch.from_numpy(tokens).to(device), torch.from_numpy(targets).to(device))
         nats += ce_sum.item()
         n_bytes += int(data.tokenizer.byte_counts[tokens[:, 1:]].sum()) if mine else 0
-    nats, n_bytes = (sum(values) for values in zip(*from_all((nats, n_bytes))))
-    return nats / math.log(2) / n_bytes
+        n_targets += int((targets != -100).sum())
+    return tuple(sum(values) for values in zip(*from_all((nats, n_bytes, n_targets))))
 
 
-def bits_per_byte_by_source(model: OLMo2, files: list[Path], seq_len: int, tokenizer: Tokenizer,
-                            max_tokens: int | None = None) -> dict[str, float]:
-    """{source: bits per byte}, the source being the file's name before its number. Files too short for one instance fail."""
+def by_source(files: list[Path]) -> dict[str, list[Path]]:
+    """{source: files}, the source being the file's name before its number."""
     sources: dict[str, list[Path]] = {}
     for path in files:
         sources.setdefault(re.sub(r"-\d+$", "", path.stem), []).append(path)
-    return {source: bits_per_byte(model, TokenData(paths, seq_len, tokenizer), max_tokens) for source, paths in sources.items()}
+    return sources
+
+
+def bits_per_byte_by_source(model: OLMo2, sources: dict[str, list[Path]], seq_len: int, tokenizer: Tokenizer,
+                            max_tokens: int | None = None, shares: dict[str, float] | None = None) -> dict[str, float]:
+    """{source: bits per byte}; with `shares` of the tokens, `mix` too, the bits over the bytes of text so composed.
+
+    Raises UserError for a source too short for one instance.
+    """
+    sums = {source: held_out_sums(model, TokenData(files, seq_len, tokenizer), max_tokens) for source, files in sources.items()}
+    bpb = {source: nats / math.log(2) / n_bytes for source, (nats, n_bytes, _) in sums.items()}
+    if not (shares and shares.keys() <= sums.keys()):
+        return bpb
+    per_token = [(share * sums[source][0] / sums[source][2], share * sums[source][1] / sums[source][2]) for source, share in shares.items()]
+    nats, n_bytes = map(sum, zip(*per_token))
+    return {"mix": nats / math.log(2) / n_bytes, **bpb}
 
 
 def is_right(task: str, response: str, gold: str) -> bool:
-    """math: the last number of the response is the gold one. qa: the response is the gold answer, a final stop apart.
+    """math: the last number of the response is the gold one. qa, instruct: the response is the gold answer, a final stop apart.
 
     >>> is_right("math", " 5 + 7 = 12. 4 + 2 + 1 = 7. The answer is 72.", "72"), is_right("math", " 72 or 73", "72")
     (True, False)
@@ -84,7 +104,7 @@ def accuracy(model: OLMo2, tokenizer: Tokenizer, task: str, count: int = 500, se
 @dataclass(frozen=True)
 class Config:
     models: tyro.conf.Positional[tuple[str, ...]] = ("runs/tiny/pretrain",)  # runs, checkpoints, Hugging Face directories
-    tasks: tuple[str, ...] = ("bpb", "math", "qa")  # bpb: bits per byte of each held-out source; math, qa: accuracy, %
+    tasks: tuple[str, ...] = ("bpb", "math", "qa")  # bpb: bits per byte of each held-out source; math, qa, instruct: accuracy, %
     data: tuple[str, ...] = ()  # for bpb: token folders (their val/) or files; none: the embedded corpus
     seq_len: int = 0  # tokens of an instance; 0: 256, or the model's context where that is shorter
     questions: int = 500  # held-out questions per task
@@ -98,13 +118,24 @@ def evaluate(path: str, config: Config) -> dict[str, float]:
     tokenizer = get_tokenizer(path)
     columns = {}
     if "bpb" in config.tasks:
-        files = token_files(config.data or [embedded_corpus(tokenizer)], "val")
+        files = by_source(token_files(config.data or [embedded_corpus(tokenizer)], "val"))
         seq_len = config.seq_len or min(256, model.config.context)
         columns |= {f"{source} bpb": bpb for source, bpb in bits_per_byte_by_source(model, files, seq_len, tokenizer).items()}
     for task in config.tasks:
         if task in TASKS:
             columns[f"{task} %"] = 100 * accuracy(model, tokenizer, task, config.questions)
     return columns
+
+
+def print_table(rows: dict[str, dict[str, float]], digits: int = 3) -> None:
+    """One line per row; a column for every name that any row has, % with one digit and all else with `digits`."""
+    width = max(len(row) for row in rows)
+    names = list(dict.fromkeys(name for columns in rows.values() for name in columns))
+    print(" " * width + "".join(f"{name:>{max(10, len(name) + 2)}}" for name in names))
+    for row, columns in rows.items():
+        print(f"{row:{width}}" + "".join(
+            f"{format(columns[name], '.1f' if '%' in name else f'.{digits}f') if name in columns else '-':>{max(10, len(name) + 2)}}"
+            for name in names))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -120,13 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
         except OSError as error:
             raise UserError(f"cannot write {config.json}: {error.strerror}") from None
     table = {path: evaluate(path, config) for path in config.models}
-    width = max(len(path) for path in table)
-    names = list(dict.fromkeys(name for columns in table.values() for name in columns))
-    print(" " * width + "".join(f"{name:>{max(10, len(name) + 2)}}" for name in names))
-    for path, columns in table.items():
-        print(f"{path:{width}}" + "".join(
-            f"{format(columns[name], '.1f' if '%' in name else '.3f') if name in columns else '-':>{max(10, len(name) + 2)}}"
-            for name in names))
+    print_table(table)
     if config.json:
         write_json(Path(config.json), table)
 

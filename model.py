@@ -16,16 +16,18 @@ Shapes: B batch, T time, D model width, H query heads, G key/value heads, K head
 """
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Literal
+from typing import Callable, Iterator, Literal
 
 import numpy as np
 import torch
@@ -572,14 +574,14 @@ FIXED_KEYS = {"hidden_act": "silu", "attention_bias": False, "attention_dropout"
 ABLATIONS = ("norm_position", "qk_norm", "norm")  # those that change the forward pass
 
 
-def write_weights(path: Path, config: ModelConfig, tensors: dict[str, Tensor], shard_bytes: int = 5 * 10**9, state: Path | None = None) -> None:
+def write_weights(path: Path, config: ModelConfig, tensors: dict[str, Tensor], shard_bytes: int = 5 * 10**9,
+                  read: Callable[[str], Tensor] | None = None) -> None:
     """Write a Hugging Face directory: config.json, generation_config.json, and the weights, in one file or, beyond
     `shard_bytes`, in several with an index. transformers opens it as Olmo2ForCausalLM.
 
-    With `state`, the values come from that folder's safetensors files, a file's worth at a time and each file by one rank:
-    so a model that is spread over many processes is written without any of them ever holding it.
+    With `read`, the values of a name come from there, one tensor after the other, each file is written by one rank, and
+    `tensors` gives only shapes and dtypes: so no process ever holds a model that is larger than its memory.
     """
-    from safetensors.torch import save_file
     rank, world = rank_and_world()
     path.mkdir(parents=True, exist_ok=True)
     shards: list[list[str]] = [[]]
@@ -590,12 +592,7 @@ def write_weights(path: Path, config: ModelConfig, tensors: dict[str, Tensor], s
     files = {"model.safetensors": shards[0]} if len(shards) == 1 else {
         f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
     for file, names in list(files.items())[rank::world]:  # each file whole or not at all: written aside, then renamed
-        if state:
-            content = {n: torch.empty(tensors[n].shape, dtype=tensors[n].dtype) for n in names}
-            read_tensors(state, content, no_dist=True)
-        else:
-            content = {n: tensors[n].cpu().contiguous() for n in names}
-        save_file(content, path / (file + ".tmp"), metadata={"format": "pt"})
+        write_safetensors(path / (file + ".tmp"), {n: tensors[n] for n in names}, read or (lambda name: tensors[name]))
         os.replace(path / (file + ".tmp"), path / file)
     if rank:
         return
@@ -609,6 +606,65 @@ def write_weights(path: Path, config: ModelConfig, tensors: dict[str, Tensor], s
         if stale.name not in files:
             stale.unlink()
     write_config(path, config, next(iter(tensors.values())).dtype)
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], read: Callable[[str], Tensor]) -> None:
+    """A file as the safetensors library writes it, which would need all its tensors in memory: length, header, values."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        code = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[tensor.dtype]
+        header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the values begin at a multiple of 8
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in tensors:
+            file.write(read(name).cpu().contiguous().view(torch.uint8).numpy())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class StoredWeights:
+    """The tensors in a folder of safetensors files, whole or in pieces as many processes save them, read one at a time.
+
+    `shapes`: name -> tensor without values (on meta). Raises UserError for damaged files; other faults: see `check_tensors`.
+    """
+
+    def __init__(self, folder: Path):
+        from safetensors import safe_open
+        stored = read_headers(folder)
+        self.shapes = {name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+                       for name, entry in stored.state_dict_metadata.items()}
+        self.dtype = next((tensor.dtype for tensor in self.shapes.values()), torch.float32)
+        self.places: dict[str, list[tuple[tuple[int, ...], str]]] = {name: [] for name in self.shapes}
+        for index, info in stored.storage_data.items():
+            self.places[index.fqn].append((tuple(index.offset), info.relative_path))
+        self.open = functools.cache(lambda path: safe_open(path, "pt"))  # maps the file: what is read takes no memory of ours
+
+    def pieces(self, name: str) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
+        """(where it belongs in the whole, values), first rows first, some 4M values at a time."""
+        for (start, *others), path in sorted(self.places[name]):
+            part = self.open(path).get_tensor(name)
+            for rows in part.split(max(1, 2**22 * len(part) // max(1, part.numel()))):  # a rank's piece may be empty
+                yield (slice(start, start + len(rows)), *(slice(o, o + n) for o, n in zip(others, part.shape[1:]))), rows
+                start += len(rows)
+
+    def whole(self, name: str) -> Tensor:
+        tensor = torch.empty_like(self.shapes[name], device="cpu")
+        for where, part in self.pieces(name):
+            tensor[where] = part
+        return tensor
+
+
+def keep_freed_memory(yes: bool) -> None:
+    """Let glibc reuse large freed buffers (a step needs the same ones again, and the kernel would clear them), or return each at once."""
+    if sys.platform == "linux":
+        import ctypes
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-3, 2**30 if yes else 2**20)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, 2**31 - 1 if yes else 2**20)  # M_TRIM_THRESHOLD
 
 
 def write_config(path: Path, c: ModelConfig, dtype: torch.dtype) -> None:
@@ -639,6 +695,16 @@ def read_json(path: Path):
         raise UserError(f"{path} is missing") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def put_in_place(aside: Path, final: Path) -> None:
+    """Rename a folder that is whole to its name; what stood there before goes only when it is there."""
+    old = final.with_name(f".old-{final.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    aside.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:
@@ -681,16 +747,11 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
 
     Raises UserError where `check_tensors` does. The reader is torch's, which slices and reshards but checks little.
     """
-    together(lambda: check_tensors(folder, tensors) if rank_and_world()[0] == 0 else None)
-    read_tensors(folder, tensors)
-
-
-def read_tensors(folder: Path, tensors: dict[str, Tensor], no_dist: bool = False) -> None:
-    """Fill `tensors`, whole or sharded, without a check; `no_dist`: this rank alone, else all ranks together."""
     from torch.distributed import checkpoint as dcp
+    together(lambda: check_tensors(folder, tensors) if rank_and_world()[0] == 0 else None)
     try:
         with one_process_is_fine():
-            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=no_dist)
+            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
     except dcp.api.CheckpointException as error:
         raise UserError(f"the weights in {folder} cannot be read: {str(error).strip().splitlines()[-1]}") from None
 
@@ -703,9 +764,17 @@ def one_process_is_fine():
         yield
 
 
+def read_headers(folder: Path):
+    """What the safetensors files in `folder` hold, as torch describes it (a `Metadata`). UserError for a damaged file."""
+    from torch.distributed import checkpoint as dcp
+    try:
+        return dcp.HuggingFaceStorageReader(str(folder)).read_metadata()
+    except Exception as error:  # safetensors has one exception type for every kind of damage
+        raise UserError(f"a weights file in {folder} is damaged: {error}") from None
+
+
 def check_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Do the safetensors headers in `folder` hold exactly `tensors`, whole? UserError names what is missing, extra, damaged."""
-    from torch.distributed import checkpoint as dcp
     files = {path.name for path in folder.glob("*.safetensors")}
     index = folder / "model.safetensors.index.json"
     expected = set(read_json(index).get("weight_map", {}).values()) if index.exists() else files
@@ -715,13 +784,10 @@ def check_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
         raise UserError(f"{folder} lacks {', '.join(missing)}, named by its index")
     if extra := sorted(files - expected):
         raise UserError(f"{folder} holds {', '.join(extra)} beside the files of its index: which weights are meant? remove one set")
-    try:
-        stored = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    except Exception as error:  # safetensors has one exception type for every kind of damage
-        raise UserError(f"a weights file in {folder} is damaged: {error}") from None
+    stored = read_headers(folder).state_dict_metadata
     problems = [f"{name} is missing" for name in tensors if name not in stored]
     problems += [f"{name} is not in this model" for name in stored if name not in tensors]
-    for name in tensors.keys() & stored.keys():
+    for name in (name for name in tensors if name in stored):
         if stored[name].size != tensors[name].shape:
             problems.append(f"{name} is {list(stored[name].size)}, not {list(tensors[name].shape)}")
         elif sum(math.prod(chunk.sizes) for chunk in stored[name].chunks) != tensors[name].numel():

@@ -20,6 +20,7 @@ import datetime
 import difflib
 import fcntl
 import functools
+import gc
 import hashlib
 import json
 import math
@@ -42,7 +43,6 @@ from typing import Annotated
 
 import torch
 import tyro
-from safetensors import SafetensorError
 from torch import Tensor, distributed
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
@@ -54,10 +54,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
-from data import TokenData, Tokenizer, embedded_corpus, get_tokenizer, make_folder, token_files
-from eval import accuracy, bits_per_byte_by_source
-from model import (PEAK_FLOPS, SIZES, ChunkedLoss, ModelConfig, OLMo2, UserError, best_device, check_tensors, checksum, find_weights,
-                   from_all, load_tensors, one_process_is_fine, peak_flops, rank_and_world, read_config, read_json, run_cli, sha256,
+from data import SOURCES, TokenData, Tokenizer, embedded_corpus, get_tokenizer, make_folder, mix_files, mix_sources, token_files
+from eval import accuracy, bits_per_byte_by_source, by_source
+from model import (PEAK_FLOPS, SIZES, ChunkedLoss, ModelConfig, OLMo2, StoredWeights, UserError, best_device, check_tensors, checksum, find_weights,
+                   from_all, keep_freed_memory, load_tensors, one_process_is_fine, peak_flops, put_in_place, rank_and_world, read_config, read_json, run_cli, sha256,
                    together, write_config, write_json, write_weights)
 
 
@@ -79,9 +79,11 @@ class Config:
     # ---- what is trained, on what
     size: str = "tiny"  # tiny, 14M, 30M, 60M, 190M, 370M, 760M, 1B, 7B, 13B, 32B
     data: tuple[str, ...] = ()  # token files (.npy) or folders made by data.py; none: the embedded corpus (tiny to 760M)
+    mix: tuple[str, ...] = ()  # instead of --data: source=weight, …, which --tokens then holds by these shares; sources are paths, or docs code prose math qa instruct sums
     val: tuple[str, ...] = ()  # held-out token files or folders; none: the val/ of --data
     tokenizer: str = "olmo2"  # laptop, olmo2, or a folder with tokenizer.json
     init: str = ""  # start from the weights of a run, checkpoint or Hugging Face directory; none: random
+    moments: bool = False  # and from Adam's moments that stand beside them (a training state has them)
     out: str = ""  # the run's folder; none: runs/<size>/pretrain
     # ---- batches
     seq_len: Count = 4096  # tokens of an instance (paper Table 1)
@@ -95,8 +97,9 @@ class Config:
     # ---- optimizer (paper section 3.3; OLMo olmo/optim.py)
     lr: float = 4e-4  # peak learning rate
     warmup: Count = 8_388_608_000  # tokens of linear warm-up from 0 (official yamls)
-    horizon: Count = 5 * 10**12  # tokens at which the cosine would reach its floor; may lie beyond the end of the run
-    lr_floor: float = 0.1  # the cosine's floor, as a share of lr
+    schedule: str = "cosine"  # cosine, linear: how the rate falls after the warm-up
+    horizon: Count = 5 * 10**12  # tokens at which it would reach its floor; may lie beyond the end of the run
+    lr_floor: float = 0.1  # the floor, as a share of lr
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
     eps: float = 1e-8  # AdamW; 1e-5 was OLMo-0424's (paper Fig. 9)
@@ -115,6 +118,7 @@ class Config:
     keep: Count = 0  # newest states to keep; 0: all
     eval_every: Count = 1000  # steps between evaluations and samples
     val_tokens: Count = 131_072  # held-out tokens per source, always the same ones
+    questions: Count = 500  # held-out questions per task at the end of a run on the embedded corpus; 0: none
     log_every: Count = 10  # steps between lines on the terminal (metrics.jsonl has every step)
     sample: str = "The"  # text that the samples continue; none: no samples
     wandb: str = ""  # Weights & Biases project; none: nothing is sent
@@ -162,7 +166,7 @@ for name, millions in {"14M": 14, "30M": 30, "60M": 60, "190M": 190, "370M": 370
                          horizon=25_000_000 * millions, lr=round(4.7e-3 * (millions / 108) ** (-1 / 3), 5), skip_sigma=6.0,
                          save_every=500, keep=3, eval_every=500)
 
-MAY_CHANGE = {"tokens", "val", "save_every", "keep", "eval_every", "val_tokens", "log_every", "sample", "wandb", "out",
+MAY_CHANGE = {"tokens", "val", "save_every", "keep", "eval_every", "val_tokens", "questions", "log_every", "sample", "wandb", "out",
               "data",  # on resuming; the data must still be the same ones (their hash is compared)
               "device", "threads", "compile", "micro_batch", "shard", "reshard", "recompute", "recompute_part",  # change the last bits
               "async_save", "timeout", "plan", "gpus", "gpu_memory"}
@@ -171,17 +175,27 @@ MAY_CHANGE = {"tokens", "val", "save_every", "keep", "eval_every", "val_tokens",
 def read_flags(arguments: list[str] | None) -> tuple[Config, dict[str, str]]:
     """(the config, where each value came from): class defaults < recipe of --size < flags. Raises UserError."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    size = size_of(arguments)
+    recipe = Config(size=size, **RECIPES[size])
+    config = parse(recipe, arguments, __doc__)
+    return config, {f.name: "flag" if getattr(config, f.name) != getattr(recipe, f.name) else
+                    f"recipe {size}" if f.name in RECIPES[size] else "default" for f in dataclasses.fields(Config)}
+
+
+def size_of(arguments: list[str]) -> str:
+    """The --size among command-line arguments: known before the rest is read, against its recipe. Raises UserError."""
     words = [word for argument in arguments for word in argument.split("=", 1)]
     size = next((after for word, after in reversed(list(zip(words, words[1:]))) if word == "--size"), Config.size)
-    if size not in SIZES:  # before tyro, which would read the other flags against the wrong recipe
+    if size not in SIZES:
         close = difflib.get_close_matches(size, SIZES, 1, cutoff=0.3)
         raise UserError(f"unknown size {size!r}: {f'did you mean {close[0]}? ' if close else ''}sizes are {', '.join(SIZES)}")
-    recipe = Config(size=size, **RECIPES[size])
+    return size
+
+
+def parse(default: Config, arguments: list[str], description: str) -> Config:
+    """The settings of a command line, over defaults; its own errors end the process with status 2."""
     with one_voice(errors=True):
-        config = tyro.cli(Config, default=recipe, args=arguments, description=__doc__)
-    origin = {f.name: "flag" if getattr(config, f.name) != getattr(recipe, f.name) else
-              f"recipe {size}" if f.name in RECIPES[size] else "default" for f in dataclasses.fields(Config)}
-    return config, origin
+        return tyro.cli(type(default), default=default, args=arguments, description=description)
 
 
 def check(c: Config) -> None:
@@ -189,13 +203,16 @@ def check(c: Config) -> None:
     rules = [(f"--{name.replace('_', '-')} {getattr(c, name)} must be {words}", holds(getattr(c, name)))
              for names, words, holds in [
                  ("seq_len batch micro_batch tokens horizon save_every eval_every log_every val_tokens timeout gpus", "at least 1", lambda v: v >= 1),
-                 ("warmup seed init_seed first_epoch keep threads shard weight_decay z_loss skip_sigma", "at least 0", lambda v: 0 <= v < math.inf),
+                 ("questions warmup seed init_seed first_epoch keep threads shard weight_decay z_loss skip_sigma", "at least 0", lambda v: 0 <= v < math.inf),
                  ("lr clip eps embed_std gpu_memory", "above 0", lambda v: 0 < v < math.inf),
                  ("recompute", "from 0 to 1", lambda v: 0 <= v <= 1),
                  ("lr_floor beta1 beta2", "from 0 to below 1", lambda v: 0 <= v < 1)] for name in names.split()]
     rules += [(f"--norm-position {c.norm_position} must be reordered or pre", c.norm_position in ("reordered", "pre")),
               (f"--norm {c.norm} must be rms or layernorm", c.norm in ("rms", "layernorm")),
               (f"--init-scheme {c.init_scheme} must be olmo2 or olmo0424", c.init_scheme in ("olmo2", "olmo0424")),
+              (f"--schedule {c.schedule} must be cosine or linear", c.schedule in ("cosine", "linear")),
+              ("--mix takes the place of --data: give one of them", not (c.mix and c.data)),
+              ("--moments takes Adam's moments from --init: name a training state with it", bool(c.init) or not c.moments),
               (f"--recompute-part {c.recompute_part} must be block or mlp", c.recompute_part in ("block", "mlp")),
               (f"--seq-len {c.seq_len} must be at least 2: a token and the next", c.seq_len >= 2)]
     if problems := [text for text, holds in rules if not holds]:
@@ -205,7 +222,7 @@ def check(c: Config) -> None:
     layout(c, c.gpus if c.plan else int(os.environ.get("WORLD_SIZE", 1)))
     if c.plan:
         return
-    if not c.data and c.size in ("1B", "7B", "13B", "32B"):
+    if not (c.data or c.mix) and c.size in ("1B", "7B", "13B", "32B"):
         raise UserError(f"--size {c.size} needs --data: the token files of OLMo-mix-1124 (the Hub's allenai/olmo-mix-1124, "
                         "tokenised by: python data.py FOLDER --tokenizer olmo2), or your own")
 
@@ -259,6 +276,8 @@ def start_ranks(c: Config) -> torch.device:
     On CUDA a single process is a world of one, so that there is one way to compute in bf16; on a CPU it stays plain.
     """
     device, env = best_device(c.device), os.environ
+    if distributed.is_initialized():  # by the run before this one, of the same process
+        return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
     if "RANK" not in env and device.type != "cuda":
         return device
     rank, world, local = (int(env.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -344,7 +363,7 @@ def self_check(c: Config, data: TokenData, weights: dict[str, Tensor], device: t
     """Do all ranks add up, and run the same code on the same data from the same weights? One line; UserError says who differs."""
     rank, world = rank_and_world()
     known = all_sum(torch.arange(1, 5, device=device) * (rank + 1))
-    code = hashlib.sha256(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("model", "data", "eval", "pretrain")))
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
     settings = hashlib.sha256(json.dumps(dataclasses.asdict(c)).encode())
     mine = {"sum of 1 to 4 over ranks": known.tolist(), "torch": torch.__version__, "code": code.hexdigest()[:12],
             "settings": settings.hexdigest()[:12], "data": data.hash, "weights": checksum(weights)}
@@ -366,14 +385,15 @@ def self_check(c: Config, data: TokenData, weights: dict[str, Tensor], device: t
 def lr_at(tokens: int, c: Config) -> float:
     """The rate of the step that brings the run to `tokens`: so the first step's is above 0 (OLMo olmo/optim.py).
 
-    1. linear warm-up from 0;  2. cosine from lr to lr * lr_floor at the horizon;  3. the floor.
+    1. linear warm-up from 0;  2. a cosine or a straight line from lr to lr * lr_floor at the horizon;  3. the floor.
     """
     floor = c.lr * c.lr_floor
     if tokens < c.warmup:  # 1
         return c.lr * tokens / c.warmup
     if tokens >= c.horizon:  # 3
         return floor
-    return floor + (c.lr - floor) * (1 + math.cos(math.pi * (tokens - c.warmup) / (c.horizon - c.warmup))) / 2  # 2
+    done = (tokens - c.warmup) / (c.horizon - c.warmup)
+    return floor + (c.lr - floor) * ((1 + math.cos(math.pi * done)) / 2 if c.schedule == "cosine" else 1 - done)  # 2
 
 
 def make_optimizer(model: OLMo2, c: Config) -> torch.optim.AdamW:
@@ -489,21 +509,14 @@ def save_state(run: Path, state: dict, tensors: dict[str, dict], config: ModelCo
 
 def export(run: Path, state: Path, weights: dict[str, Tensor], config: ModelConfig, tokenizer: Tokenizer, group=None) -> None:
     """Make run/hf, a Hugging Face directory, from a training state's files; a reader finds the old one or the new one."""
-    aside, old = run / ".saving-hf", run / ".old-hf"
+    aside = run / ".saving-hf"
 
     def write() -> None:
-        try:
-            write_weights(aside, config, weights, state=state / "model")
-        except SafetensorError as error:
-            raise UserError(str(error)) from None
+        write_weights(aside, config, weights, read=StoredWeights(state / "model").whole)
 
     def swap() -> None:
         tokenizer.save(aside)
-        shutil.rmtree(old, ignore_errors=True)
-        if (run / "hf").exists():
-            (run / "hf").rename(old)
-        aside.rename(run / "hf")
-        shutil.rmtree(old, ignore_errors=True)
+        put_in_place(aside, run / "hf")
 
     rank, _ = rank_and_world()
     together(lambda: rank or make_folder(aside), group)
@@ -614,19 +627,23 @@ def open_run(c: Config, origin: dict[str, str], data: TokenData) -> Path:
         raise UserError(f"cannot write to {run}: {error.strerror}; choose another folder with --out") from None
     for left in [*run.glob(".saving-*"), *run.glob(".old-hf")]:  # of a process that died while saving
         shutil.rmtree(left)
+    start = Path(c.init) / "manifest.json"
+    start = sha256(start)[:12] if c.moments and start.exists() else None  # a state of the same name may be of another run by now
     if (run / "run.json").exists() and (list_states(run) or read_metrics(run)):  # else nothing has come of it yet
         before = read_json(run / "run.json")
         changed = [f"{name} {before['config'][name]['value']} -> {config[name]['value']}" for name in config
                    if name not in MAY_CHANGE and before["config"].get(name, config[name])["value"] != json.loads(json.dumps(config[name]["value"]))]
         if before["data"]["hash"] != data.hash:
             changed.append(f"data {before['data']['hash']} -> {data.hash}")
+        if before.get("start") != start:
+            changed.append(f"the state {c.init}, which has been made anew")
         if changed:
             raise UserError(f"{run} was started with other settings ({', '.join(changed)}): go on with the old ones, or "
                             "choose another folder with --out")
     git = shutil.which("git") and subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
                                                  cwd=Path(__file__).parent).stdout.strip()
     write_json(run / "run.json", {
-        "config": config, "command": sys.argv, "git": git or None,
+        "config": config, "command": sys.argv, "git": git or None, "start": start,
         "data": {"hash": data.hash, "files": [str(path) for path in data.files], "tokens": sum(s["tokens"] for s in data.sidecars)},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "hardware": {"processes": rank_and_world()[1], "machine": platform.machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
@@ -638,14 +655,17 @@ def open_run(c: Config, origin: dict[str, str], data: TokenData) -> Path:
 @contextlib.contextmanager
 def sole_writer(run: Path):
     """Refuse a run that a living process writes: workers, for one, outlive a torchrun that is killed by SIGKILL. By rank 0."""
-    lock = None
-    if run.is_dir() and int(os.environ.get("RANK", 0)) == 0:
+    lock, first = None, int(os.environ.get("RANK", 0)) == 0
+    with contextlib.suppress(OSError):  # open_run will say it
+        if first:
+            run.mkdir(parents=True, exist_ok=True)
+    if first and run.is_dir():
         lock = os.open(run, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lifts it when the process ends, however that happens
         except BlockingIOError:
             os.close(lock)
-            raise UserError(f"another process is writing to {run}: wait for it, stop it (pgrep -f pretrain.py), or choose another --out") from None
+            raise UserError(f"another process is writing to {run}: wait for it, stop it (pgrep -f {Path(sys.argv[0]).name}), or choose another --out") from None
         except OSError:  # a disk without locks
             pass
     try:
@@ -653,6 +673,8 @@ def sole_writer(run: Path):
     finally:
         if lock is not None:
             os.close(lock)
+            with contextlib.suppress(OSError):  # empty, if nothing has come of it
+                run.rmdir()
 
 
 def read_metrics(run: Path) -> list[dict]:
@@ -706,43 +728,48 @@ def plot(run: Path) -> None:
     plt.close(figure)
 
 
-def keep_freed_memory() -> None:
-    """Let glibc reuse freed buffers; by default it returns each large one to the kernel, which must clear it again."""
-    if sys.platform == "linux":
-        import ctypes
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
 
 
-def open_data(c: Config, tokenizer: Tokenizer) -> tuple[TokenData, list[Path]]:
-    """The training data, and the held-out files ([]: none), both checked. On every rank; raises UserError."""
+def open_data(c: Config, tokenizer: Tokenizer) -> tuple[TokenData, dict[str, list[Path]], dict[str, float]]:
+    """The training data, the held-out files by source ({}: none) and the sources' shares, if there is a mix. All are checked.
+
+    On every rank; raises UserError.
+    """
     rank, _ = rank_and_world()
-    if not c.data:
-        together(lambda: rank or embedded_corpus(tokenizer))  # made by one, found by the others
-    sources = c.data or [embedded_corpus(tokenizer)]
 
-    def look() -> tuple[TokenData, list[Path]]:
-        data = TokenData(token_files(sources, "train"), c.seq_len, tokenizer)
+    def look() -> tuple[TokenData, dict[str, list[Path]], dict[str, float]]:
+        shares = {}
+        if c.mix:
+            mix = mix_sources(c.mix, "train", tokenizer)
+            files, counts = mix_files(mix, -(-c.tokens // (c.batch * c.seq_len)) * c.batch, c.seq_len)
+            data = TokenData(files, c.seq_len, tokenizer, counts)
+            val = {source: files for source, (_, files) in mix_sources(c.mix, "val", tokenizer).items() if files}
+            shares = {source: share for source, (share, _) in mix.items()}
+        else:
+            sources = c.data or [embedded_corpus(tokenizer)]
+            data = TokenData(token_files(sources, "train"), c.seq_len, tokenizer)
+            val = by_source([f for s in sources if Path(s, "val").is_dir() for f in token_files([s], "val")])
         data.positions(0, c.batch, c.seed)  # raises if there is less than a batch
-        val = token_files(c.val, "val") if c.val else [f for s in sources if Path(s, "val").is_dir() for f in token_files([s], "val")]
-        if val:
-            TokenData(val, c.seq_len, tokenizer)
-        return data, val
+        val = by_source(token_files(c.val, "val")) if c.val else val
+        for files in val.values():
+            TokenData(files, c.seq_len, tokenizer)
+        return data, val, shares
 
+    together(lambda: rank or look())  # the embedded corpus is made by one, found by the others
     return together(look)
 
 
 def train(c: Config, origin: dict[str, str]) -> Path:
     """Train, or go on with, the run that `c` describes; returns its folder. Raises UserError. Under torchrun, all ranks do."""
     check(c)
-    keep_freed_memory()
+    keep_freed_memory(True)
     device = start_ranks(c)
+    if device.type == "cuda":  # of a run before this one, in the same process
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     if c.threads:
         torch.set_num_threads(c.threads)
     rank, world = rank_and_world()
@@ -752,7 +779,7 @@ def train(c: Config, origin: dict[str, str]) -> Path:
     steps = -(-c.tokens // tokens_per_step)
     # ---- data
     tokenizer = together(lambda: get_tokenizer(c.tokenizer))
-    data, val_files = open_data(c, tokenizer)
+    data, val, shares = open_data(c, tokenizer)
     run = Path(c.out)
     together(lambda: rank or open_run(c, origin, data))
     if not all(from_all((run / "run.json").exists())):
@@ -761,6 +788,8 @@ def train(c: Config, origin: dict[str, str]) -> Path:
     if c.init:
         folder, weights = together(lambda: find_weights(c.init))
         shape = together(lambda: read_config(folder))
+        if c.moments and not (folder / "state.json").exists():
+            raise UserError(f"{c.init} has no optimizer state: name a training state (a run's step<N>-tokens<T>)", everywhere=True)
         if together(lambda: get_tokenizer(c.init)).fingerprint != tokenizer.fingerprint:
             raise UserError(f"{c.init} was trained with another tokenizer than {c.tokenizer}: pass --tokenizer {c.init}, and data made with it",
                             everywhere=True)
@@ -778,6 +807,10 @@ def train(c: Config, origin: dict[str, str]) -> Path:
     if state_folder := newest_state(run):
         state = load_state(state_folder, model, optimizer)
         step, skip_step = state["step"], SkipStep(c.skip_sigma, state["skip_history"])
+    elif c.moments:
+        if damage := find_damage(folder):
+            raise UserError(f"{folder} is damaged ({damage}): start from another state", everywhere=True)
+        load_state(folder, model, optimizer)
     elif c.init:
         load_tensors(weights, tensors_of(model, optimizer)["model"])
     else:
@@ -785,7 +818,7 @@ def train(c: Config, origin: dict[str, str]) -> Path:
     checked = self_check(c, data, tensors_of(model, optimizer)["model"], device)
     # A resumed run repeats the steps after its state: their rows are dropped, so that each step has one. Rank 0 keeps them.
     if rank == 0:
-        kept = [row for row in read_metrics(run) if row["step"] <= step]
+        kept = [row for row in read_metrics(run) if row["step"] <= step] if state_folder else []
         (run / "metrics.jsonl.tmp").write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(run / "metrics.jsonl.tmp", run / "metrics.jsonl")
     metrics = open(run / "metrics.jsonl" if rank == 0 else os.devnull, "a", encoding="utf-8", buffering=1)
@@ -803,7 +836,7 @@ def train(c: Config, origin: dict[str, str]) -> Path:
           f"the run sees them {steps * c.batch / len(data):.2f} times")
     print(f"batch     {c.batch} instances x {c.seq_len} tokens = {tokens_per_step:,} tokens per step "
           f"({f'{world} processes x ' if world > 1 else ''}{rows // micro_batch} x {micro_batch}); {steps:,} steps = {steps * tokens_per_step:,} tokens")
-    if not val_files:
+    if not val:
         print("          no held-out text (val/ or --val): the run is not evaluated on the way")
     if step > steps:
         print(f"          the run is already {step:,} steps long; --tokens asks for {steps:,}")
@@ -827,7 +860,7 @@ def train(c: Config, origin: dict[str, str]) -> Path:
 
     def evaluate() -> None:
         with torch.compiler.set_stance("force_eager"):  # other shapes than the loop's: compiling for them would take longer
-            bpb = bits_per_byte_by_source(model, val_files, c.seq_len, tokenizer, c.val_tokens)
+            bpb = bits_per_byte_by_source(model, val, c.seq_len, tokenizer, c.val_tokens, shares)
             text = write_sample(model, tokenizer, c.sample) if c.sample else ""
         if isinstance(model, FSDPModule):
             model.reshard()  # no backward pass does it here
@@ -836,6 +869,14 @@ def train(c: Config, origin: dict[str, str]) -> Path:
         if text:
             record("sample", text=text)
             print(f"          sample: {text!r}")
+
+    def ask() -> None:
+        """Held-out questions, of a model that has seen the embedded corpus. After the last save; again if that was the end of it."""
+        embedded = not c.data and (not c.mix or shares.keys() & SOURCES.keys())
+        if embedded and c.questions and not from_all(any(row["event"] == "questions" and row["step"] == step for row in read_metrics(run)))[0]:
+            with torch.compiler.set_stance("force_eager"):
+                right = {task: 100 * accuracy(model, tokenizer, task, c.questions) for task in ("math", "qa")}
+            record("questions", accuracy=right, questions=c.questions)
 
     # A signal asks all ranks to stop after the same step. A second one ends the process at once, but not under torchrun, which
     # passes on what the terminal has already sent to all.
@@ -850,9 +891,11 @@ def train(c: Config, origin: dict[str, str]) -> Path:
     handlers = {number: signal.signal(number, stop_soon) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     stop = False
     skipped_in_a_row = 0
-    first_step, start = step, time.perf_counter()
-    then = start
     try:
+        if c.init and step == 0 and val:  # what there was before
+            evaluate()
+        first_step, start = step, time.perf_counter()
+        then = start
         while step < steps and not stop:
             # ---- 1. the learning rate
             lr = lr_at((step + 1) * tokens_per_step, c)
@@ -902,15 +945,19 @@ def train(c: Config, origin: dict[str, str]) -> Path:
                                 f"{data.positions(step - 1, c.batch, c.seed, c.first_epoch)[:4].tolist()}…): lower --lr, lengthen --warmup, or look at "
                                 f"the data; the newest state is {next((s.name for s in list_states(run)), 'none')}", everywhere=True)
             # ---- 5. evaluate, save
-            if val_files and (step % c.eval_every == 0 or step == steps):
+            if val and (step % c.eval_every == 0 or step == steps):
                 evaluate()
                 then = time.perf_counter()
             if step % c.save_every == 0 or step == steps or stop:
                 save(wait=step == steps or stop)
                 then = time.perf_counter()
+        if not stop:
+            ask()
     finally:
         saver.thread.shutdown()
         metrics.close()
+        if wandb:
+            wandb.finish()
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if device.type == "cuda":
@@ -927,20 +974,19 @@ def train(c: Config, origin: dict[str, str]) -> Path:
         sys.exit(0 if under_torchrun else 128 + number)
     if not list((run / "hf").glob("*.safetensors")):  # someone removed them, and the run was finished
         export(run, newest_state(run), tensors_of(model, optimizer)["model"], model.config, tokenizer)
-    finish(c, run, model, tokenizer, first_step >= steps)
+    finish(c, run, first_step >= steps)
     return run
 
 
-def finish(c: Config, run: Path, model: OLMo2, tokenizer: Tokenizer, was_done: bool) -> None:
+def finish(c: Config, run: Path, was_done: bool) -> None:
     """Print what the run has come to, and where everything lies."""
     rows = read_metrics(run)
-    evals = [row for row in rows if row["event"] == "eval"]
+    last = {row["event"]: row for row in rows}
     print(f"\n{run}: {'was finished already' if was_done else 'finished'}, {rows[-1]['tokens']:,} tokens")
-    for source, value in (evals[-1]["bpb"] if evals else {}).items():
+    for source, value in last.get("eval", {"bpb": {}})["bpb"].items():
         print(f"  held-out bits per byte  {source:8} {value:.3f}")
-    if not c.data:
-        for task in ("math", "qa"):
-            print(f"  held-out questions      {task:8} {100 * accuracy(model, tokenizer, task):.1f} % right of 500")
+    for task, value in last.get("questions", {"accuracy": {}})["accuracy"].items():
+        print(f"  held-out questions      {task:8} {value:.1f} % right of {last['questions']['questions']}")
     print(f"  weights {run / 'hf'}   curves {run / 'curves.png'}   next: python sample.py {run} \"{c.sample}\"")
 
 
@@ -1165,23 +1211,32 @@ def report(c: Config) -> None:
               f"{' (it is calibrated on this one)' if c.size in ('1B', '7B') else ''}")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    c, origin = read_flags(arguments)
-    check(c)
-    if c.plan:
-        with one_voice():
-            return report(c)
-    c = dataclasses.replace(c, out=c.out or f"runs/{c.size}/pretrain")
-    with one_voice(), sole_writer(Path(c.out)):
+def run_training(c: Config, origin: dict[str, str]) -> None:
+    """`train`, by the only process that writes the run; a lost rank ends this one with a line."""
+    with sole_writer(Path(c.out)):
         try:
             train(c, origin)
         except RuntimeError as error:
             if rank_and_world()[1] > 1 and any(word in str(error) for word in ("gloo", "NCCL", "TCPStore")):  # not a bug of ours
                 sys.exit(f"rank {distributed.get_rank()} lost the others, one of them has ended or hangs: {str(error).strip().splitlines()[0]}")
             raise
+
+
+def leave_ranks() -> None:
+    """Take leave of the other processes, when all are done."""
     if distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    c, origin = read_flags(arguments)
+    check(c)
+    with one_voice():
+        if c.plan:
+            return report(c)
+        run_training(dataclasses.replace(c, out=c.out or f"runs/{c.size}/pretrain"), origin)
+    leave_ranks()
 
 
 if __name__ == "__main__":

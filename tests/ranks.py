@@ -5,6 +5,7 @@
 `launch` forks the ranks from a server that has torch imported, which saves seconds per rank. A fault is a function of this
 file that changes what a rank does before its main begins.
 """
+import importlib
 import math
 import multiprocessing
 import os
@@ -23,8 +24,9 @@ import model
 import pretrain
 
 
-def launch(world: int, arguments, fault: str = "", log: Path = Path("ranks.log"), timeout: float = 120) -> tuple[list[int], str]:
-    """Run `python pretrain.py arguments` as `world` ranks; (exit statuses, all that they printed). Negative: killed by that signal."""
+def launch(world: int, arguments, fault: str = "", log: Path = Path("ranks.log"), timeout: float = 120,
+           script: str = "pretrain") -> tuple[list[int], str]:
+    """Run `python <script>.py arguments` as `world` ranks; (exit statuses, all that they printed). Negative: killed by that signal."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ranks"])
     before = os.environ.get("PYTHONPATH")
@@ -36,7 +38,7 @@ def launch(world: int, arguments, fault: str = "", log: Path = Path("ranks.log")
         port = free.getsockname()[1]
     log = Path(log).resolve()
     log.write_text("")
-    ranks = [context.Process(target=worker, args=(rank, world, port, [str(a) for a in arguments], fault, log, os.getcwd())) for rank in range(world)]
+    ranks = [context.Process(target=worker, args=(rank, world, port, [str(a) for a in arguments], fault, log, os.getcwd(), script)) for rank in range(world)]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -47,7 +49,7 @@ def launch(world: int, arguments, fault: str = "", log: Path = Path("ranks.log")
     return [process.exitcode for process in ranks], log.read_text()
 
 
-def worker(rank: int, world: int, port: int, arguments: list[str], fault: str, log: Path, folder: str) -> None:
+def worker(rank: int, world: int, port: int, arguments: list[str], fault: str, log: Path, folder: str, script: str) -> None:
     os.chdir(folder)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -59,7 +61,7 @@ def worker(rank: int, world: int, port: int, arguments: list[str], fault: str, l
     pretrain.plot = lambda run: None  # another second; the curves are no matter of ranks
     if fault:
         globals()[fault](rank)
-    model.run_cli(lambda: pretrain.main(arguments))
+    model.run_cli(lambda: importlib.import_module(script).main(arguments))
 
 
 # ---- faults

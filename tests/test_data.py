@@ -11,7 +11,7 @@ from conftest import SHARED, fails, needs_cl100k, needs_shared
 from transformers import AutoTokenizer
 
 import data as module
-from data import (TASKS, TokenData, embedded_documents, get_tokenizer, has_repeats, make_targets, remake_vocab, task_items,
+from data import (TASKS, THINGS, TokenData, embedded_documents, get_tokenizer, has_repeats, is_prose, make_targets, remake_vocab, task_items,
                   token_files, write_tokens)
 from model import UserError
 
@@ -219,18 +219,30 @@ def test_embedded_corpus_is_split_and_deduplicated():
     assert not {p for p in held if len(p) > 20} & set(long)
     assert sum(len(d) for d in train["docs"]) > 1_000_000 and sum(len(d) for d in val["docs"]) > 30_000
     assert embedded_documents("val") == val
+    second, second_val = embedded_documents("train", stage=2), embedded_documents("val", stage=2)
+    assert list(second) == list(second_val) == ["prose", "math", "qa", "instruct", "sums"]
+    sentences = [" ".join(p.split()) for d in second["prose"] for p in d.split("\n\n") if p.strip()]
+    assert len(sentences) > 1000 and set(sentences) < set(paragraphs) and all(is_prose(p) for p in sentences)
+    assert not set(sentences) & {" ".join(p.split()) for d in second_val["prose"] for p in d.split("\n\n") if p.strip()}
+    for task in ("math", "qa"):
+        assert second[task] != train[task] and second_val[task] == val[task]
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_held_out_questions_share_no_operands_with_training(task):
     def operands(item):
-        return tuple(sorted(re.findall(r"\d+", item["prompt"])))
+        return tuple(sorted(re.findall(r"\d+|" + "|".join(THINGS) if task == "instruct" else r"\d+", item["prompt"])))
 
     train, val = list(task_items(task, "train", 20_000)), list(task_items(task, "val", 600))
     assert len({item["prompt"] for item in val}) == 600
     assert not set(map(operands, train)) & set(map(operands, val))
     assert list(task_items(task, "val", 600)) == val != list(task_items(task, "val", 600, seed=1))
     for item in train[:500]:  # the answers are true
+        if task == "instruct":
+            a, b, c = re.findall("|".join(THINGS), item["prompt"])
+            assert item["gold"] == {"capital": f"{a}, {b} and {c}".upper(), "other way": f"{c}, {b} and {a}", "twice": f"{a} {a} {b}",
+                                    "one per line": f"- {a}\n- {b}\n- {c}"}[re.search("capital|other way|twice|one per line", item["prompt"])[0]]
+            continue
         a, b = map(int, re.findall(r"\d+", item["prompt"]))
         if task == "math":
             assert int(item["gold"]) == (a + b if re.search("[+]|more", item["prompt"]) else a - b) and item["answer"].endswith(f"The answer is {item['gold']}.")

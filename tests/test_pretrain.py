@@ -184,7 +184,8 @@ def test_accumulation_changes_nothing_but_the_last_bits(here, monkeypatch):
 
 def test_starts_from_the_weights_of_another_run(finished, here, tmp_path, capsys):
     again = run(tmp_path / "more", 2, "--init", finished)
-    first = read_metrics(again)[0]
+    before, first = (next(row for row in read_metrics(again) if row["event"] == event) for event in ("eval", "step"))
+    assert before["step"] == 0 and before["bpb"] == [row for row in read_metrics(finished) if row["event"] == "eval"][-1]["bpb"]
     assert first["loss"] < read_metrics(finished)[0]["loss"] - 0.2
     network = OLMo2.load(finished)
     network.save(tmp_path / "other")

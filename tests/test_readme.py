@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
-ORDER = ["model", "data", "eval", "pretrain", "sample"]  # each imports from those before it only
+ORDER = ["model", "data", "eval", "pretrain", "anneal", "soup", "sample"]  # each imports from those before it only
 
 
 def test_line_counts():
@@ -48,7 +48,7 @@ def test_every_command_names_what_exists():
             assert flag in shown, (script, flag)
     for path in re.findall(r"\]\(([\w./]+)\)", README):
         assert (ROOT / path).exists(), path
-    text = (ROOT / "pretrain.py").read_text()
+    text = "".join((ROOT / f"{name}.py").read_text() for name in ORDER)
     text += subprocess.run([sys.executable, "-m", "torch.distributed.run", "--help"], capture_output=True, text=True).stdout
     for flag in re.findall(r"`(--[\w-]+)[ `]", README):
         assert flag.removeprefix("--no-").removeprefix("--").replace("-", "_") in text, flag
