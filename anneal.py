@@ -4,7 +4,7 @@
     python anneal.py --ingredient 2                                # one of them: a cluster runs them side by side
     torchrun --nproc-per-node 8 anneal.py --size 7B --ingredient 1 # from runs/7B/pretrain, on tokens/dolmino/*
     python anneal.py --mix math=1 docs=9                           # a microanneal: what does 10 % math do?
-    python anneal.py --study                                       # the paper's little study of such questions; 3 minutes
+    python anneal.py --study                                       # the paper's little study of such questions; 2 minutes
 
 What this stage teaches: a model learns most about data that it sees while the rate falls (paper section 4). It goes on with
 the weights and with Adam's moments, without warm-up, at the rate where stage 1 stopped. Steps, tokens and the order of the
@@ -18,6 +18,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import tyro
+
 import pretrain
 from eval import print_table
 from model import UserError, read_json, run_cli
@@ -27,6 +29,9 @@ from pretrain import Count, leave_ranks, list_states, lr_at, one_voice, parse, r
 @dataclass(frozen=True)
 class Config(pretrain.Config):
     # ---- stage 2's own; the values of all others are stage 1's, from its run.json, but for what `recipe` changes
+    init: str = ""  # stage 1: a run (its newest state), a training state, or a Hugging Face directory; none: runs/<size>/pretrain
+    moments: tyro.conf.Suppress[bool] = True
+    out: str = ""  # the runs' folders are this and -1, -2, …; none: runs/<size>/anneal; a microanneal's: runs/<size>/micro-<mix>
     ingredient: Count = 0  # run this one alone: 1, 2, …; 0: all, one after the other
     fresh_optimizer: bool = False  # start Adam at zero: for weights that have no moments, as those of a Hugging Face directory
     study: bool = False  # microanneals of one small source of math: 35 % of the tokens, 10 %, and 50 % by repeating it
@@ -103,7 +108,7 @@ def find_stage1(c: Config) -> Stage1:
     """
     path = Path(c.init or f"runs/{c.size}/pretrain")
     if not path.exists():
-        raise UserError(f"{path} does not exist: run stage 1 first (python pretrain.py), or name a run, a training state or a "
+        raise UserError(f"{path} does not exist: run stage 1 first (python pretrain.py{'' if c.size == 'tiny' else f' --size {c.size}'}), or name a run, a training state or a "
                         "Hugging Face directory with --init")
     if (path / "run.json").exists():
         states = list_states(path)
@@ -172,24 +177,25 @@ def show(value) -> str:
 def print_differences(stage1: Stage1, c: Config, before: Config | None) -> None:
     """The table of an anneal against stage 1; of the next ones, against the one before."""
     if before:
-        rows = [("", Path(before.out).name, Path(c.out).name)]
+        rows = [("setting", Path(before.out).name, Path(c.out).name)]
         rows += [(name, show(value), show(getattr(c, name))) for name, value in vars(before).items()
                  if value != getattr(c, name) and name not in ("out", "ingredient")]
     else:
-        rows = [("", "stage 1", Path(c.out).name), *differences(stage1, c)]
+        rows = [("setting", "stage 1", Path(c.out).name), *differences(stage1, c)]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     print("\n" + "\n".join(f"{name:{widths[0]}}  {old:{widths[1]}}  {new}".rstrip() for name, old, new in rows) + "\n", flush=True)
 
 
 def print_scores(stage1: Stage1, runs: list[Path]) -> None:
-    """What the runs, and with a microanneal all others from the same start, have come to, beside stage 1."""
+    """What the runs, and with a microanneal all others that can be compared with it, have come to, beside stage 1."""
     table, micro = {}, runs[0].name.startswith("micro-")
+    fixed = lambda run: [read_json(run / "run.json")["config"][name]["value"] for name in ("init", "val_tokens", "questions", "val")]
     for run in [path.parent for path in sorted(runs[0].parent.glob("micro-*/run.json"))] if micro else runs:
         rows = read_metrics(run)
         evals, questions = ([row for row in rows if row["event"] == event] for event in ("eval", "questions"))
-        if read_json(run / "run.json")["config"]["init"]["value"] == str(stage1.path) and len(evals) > 1:
+        if fixed(run) == fixed(runs[0]) and len(evals) > 1:
             for name, bpb, right in ((f"stage 1, {stage1.path.name}", evals[0]["bpb"], stage1.accuracy),
-                                     (str(run), evals[-1]["bpb"], questions[-1]["accuracy"] if questions else {})):
+                                     (f"{run}, {evals[-1]['tokens']:,} tokens" if micro else str(run), evals[-1]["bpb"], questions[-1]["accuracy"] if questions else {})):
                 columns = {f"{source} bpb": value for source, value in bpb.items() if not (micro and source == "mix")}  # each has its own
                 table[name] = table.get(name, {}) | columns | {f"{task} %": value for task, value in right.items()}
     if table:  # else there was no held-out text
@@ -207,13 +213,14 @@ def main(arguments: list[str] | None = None) -> None:
     asked = parse(default, arguments, __doc__)  # for --help and to find stage 1; its settings are the defaults then
     given = flags_in(arguments)
     if asked.plan:
+        asked = dataclasses.replace(asked, moments=False, mix=(), init="")  # a plan needs no checkpoint and no data
         pretrain.check(asked)
         with one_voice():
             return pretrain.report(asked)
     stage1 = find_stage1(asked)
     if size != stage1.settings.size and "size" in given:
         raise UserError(f"{stage1.path} is of size {stage1.settings.size}, not {size}")
-    if asked.moments and not (stage1.has_moments or asked.fresh_optimizer):
+    if not (stage1.has_moments or asked.fresh_optimizer):
         raise UserError(f"{stage1.path} has weights but no optimizer state: start from a training state (runs/…/step<N>-tokens<T>), or "
                         "let Adam start at zero with --fresh-optimizer")
     if asked.study and (clash := given & {"mix", "data", "tokens", "ingredient", "out"}):
@@ -233,11 +240,11 @@ def main(arguments: list[str] | None = None) -> None:
         every = range(1, len(INGREDIENTS.get(stage1.settings.size, LADDER)) + 1)
         runs = [settings_of(arguments, stage1, k) for k in ([asked.ingredient] if asked.ingredient else every)]
     for c, _ in runs:
-        pretrain.check(c)
         missing = [part for part in c.mix if part.startswith("tokens/dolmino/") and not Path(part.split("=")[0]).exists()]
         if missing:
             raise UserError(f"no {', '.join(missing)}: {c.size} anneals on Dolmino, the Hub's allenai/dolmino-mix-1124; tokenise each source by python "
                             "data.py FOLDER --tokenizer olmo2 --out tokens/dolmino --name dclm (and so on), or give your own --mix or --data")
+        pretrain.check(c)
     with one_voice():
         before = None
         for c, origin in runs:

@@ -13,6 +13,7 @@ Sources: OLMo olmo/data/{memmap_dataset,iterable_dataset}.py, OLMo-core data/dat
 """
 import ast
 import base64
+import difflib
 import functools
 import gzip
 import hashlib
@@ -267,31 +268,43 @@ def token_files(paths: Iterable[str | Path], split: str) -> list[Path]:
     return files
 
 
-def mix_sources(mix: Iterable[str], split: str, tokenizer: Tokenizer) -> dict[str, tuple[float, list[Path]]]:
-    """{source: (its share of the tokens, its files of `split`)} of a mix, each part of which reads source=weight.
+def mix_shares(mix: Iterable[str]) -> dict[str, float]:
+    """{source: its share of the tokens} of a mix, each part of which reads source=weight; weights count relative to their sum.
 
-    A source is one of the embedded corpus (prose=0.5) or, as for --data, a folder or a file (tokens/mine=2); weights count
-    relative to their sum. On val, a source without held-out files has none. Raises UserError.
+    A source is one of the embedded corpus (prose=0.5) or, as for --data, a folder or a file (tokens/mine=2). Raises UserError.
+
+    >>> mix_shares(["math=1", "docs=9"])
+    {'math': 0.1, 'docs': 0.9}
     """
-    sources, weights = {}, {}
+    weights: dict[str, float] = {}
     for part in mix:
         name, _, weight = part.rpartition("=")
         try:
-            weights[name] = float(weight)
+            value = float(weight)
         except ValueError:
-            weights[name] = 0.0
-        if not name or not 0 < weights[name] < float("inf"):
+            value = 0.0
+        if not name or not 0 < value < float("inf"):
             raise UserError(f"--mix {part}: expected source=weight with a weight above 0, as in prose=0.9 math=0.1")
+        if name in weights:
+            raise UserError(f"--mix {' '.join(mix)}: name each source once, with the weight that it has in all")
+        if name not in SOURCES and not Path(name).exists():
+            near = [f"tokens/{name}"] if Path("tokens", name).exists() else difflib.get_close_matches(name, SOURCES, 1)
+            raise UserError(f"--mix {part}: no such source{f', did you mean {near[0]}?' if near else ''}; the embedded ones are {', '.join(SOURCES)}, "
+                            "all others are folders or token files")
+        weights[name] = value
+    return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+
+
+def mix_sources(mix: Iterable[str], split: str, tokenizer: Tokenizer) -> dict[str, tuple[float, list[Path]]]:
+    """{source: (its share, its files of `split`)} of a mix. On val, a source without held-out files has none. Raises UserError."""
+    sources = {}
+    for name, share in mix_shares(mix).items():
         if name in SOURCES:
-            sources[name] = sorted((embedded_corpus(tokenizer, stage=SOURCES[name]) / split).glob(f"{name}-*.npy"))
-        elif not Path(name).exists():
-            raise UserError(f"--mix {part}: no such source; the embedded ones are {', '.join(SOURCES)}, all others are folders or token files")
+            files = sorted((embedded_corpus(tokenizer, stage=SOURCES[name]) / split).glob(f"{name}-*.npy"))
         else:
-            has_val = Path(name, "val").is_dir()
-            sources[name] = token_files([name], split) if split == "train" or has_val else []
-    if len(sources) < len(list(mix)):
-        raise UserError(f"--mix {' '.join(mix)}: name each source once, with the weight that it has in all")
-    return {name: (weights[name] / sum(weights.values()), files) for name, files in sources.items()}
+            files = token_files([name], split) if split == "train" or Path(name, "val").is_dir() else []
+        sources[name] = (share, files)
+    return sources
 
 
 def mix_files(sources: dict[str, tuple[float, list[Path]]], instances: int, seq_len: int) -> tuple[list[Path], list[int]]:

@@ -54,7 +54,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
-from data import SOURCES, TokenData, Tokenizer, embedded_corpus, get_tokenizer, make_folder, mix_files, mix_sources, token_files
+from data import SOURCES, TokenData, Tokenizer, embedded_corpus, get_tokenizer, make_folder, mix_files, mix_shares, mix_sources, token_files
 from eval import accuracy, bits_per_byte_by_source, by_source
 from model import (PEAK_FLOPS, SIZES, ChunkedLoss, ModelConfig, OLMo2, StoredWeights, UserError, best_device, check_tensors, checksum, find_weights,
                    from_all, keep_freed_memory, load_tensors, one_process_is_fine, peak_flops, put_in_place, rank_and_world, read_config, read_json, run_cli, sha256,
@@ -222,6 +222,7 @@ def check(c: Config) -> None:
     layout(c, c.gpus if c.plan else int(os.environ.get("WORLD_SIZE", 1)))
     if c.plan:
         return
+    mix_shares(c.mix)
     if not (c.data or c.mix) and c.size in ("1B", "7B", "13B", "32B"):
         raise UserError(f"--size {c.size} needs --data: the token files of OLMo-mix-1124 (the Hub's allenai/olmo-mix-1124, "
                         "tokenised by: python data.py FOLDER --tokenizer olmo2), or your own")

@@ -14,6 +14,7 @@ The average is plain: sum in fp32, divide, convert to the first ingredient's dty
 tensor at a time, so that its size does not matter; scoring needs one model in memory, and the figure three (--points 0: no figure).
 The released 7B, 13B and 32B are such soups, of their anneals in equal parts; the 1B is its third anneal alone.
 """
+import contextlib
 import hashlib
 import platform
 import shutil
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from data import SOURCES, Tokenizer, embedded_corpus, get_tokenizer, make_folder, mix_sources, token_files
 from eval import accuracy, bits_per_byte_by_source, by_source, print_table
-from model import (OLMo2, StoredWeights, UserError, best_device, check_tensors, find_weights, keep_freed_memory, put_in_place, read_config, read_json, run_cli, write_json,
+from model import (SIZES, OLMo2, StoredWeights, UserError, best_device, check_tensors, find_weights, keep_freed_memory, put_in_place, read_config, read_json, run_cli, write_json,
                    write_weights)
 
 
@@ -50,8 +51,8 @@ class Config:
 def average(paths: list[str], weights: list[float], out: Path) -> list[str]:
     """Write the weighted mean of the models at `paths` to `out`, a Hugging Face directory; returns a sha256 of each one's values.
 
-    In memory are the sum of one tensor, in fp32, and one ingredient's tensor. Raises UserError for ingredients of other
-    shapes, settings or tokenizers, and for one that stands there twice.
+    In memory are the sum of one tensor, in fp32, and its mean; what is read stays in the files, which are mapped. Raises UserError
+    for ingredients of other shapes, settings or tokenizers, and for one that stands there twice.
     """
     folders, configs, tokenizers = [], [], []
     for path in paths:
@@ -97,7 +98,8 @@ def average(paths: list[str], weights: list[float], out: Path) -> list[str]:
 
 
 def held_out(config: Config, paths: list[str], tokenizer: Tokenizer) -> tuple[dict[str, list[Path]], dict[str, float]]:
-    """(held-out files by source, each source's share): of --data, else of the first ingredient's run, else the embedded ones.
+    """(held-out files by source, each source's share): of --data, else what the first ingredient's run was evaluated on, else the
+    embedded ones of stage 2.
 
     ({}, {}) where there is nothing: the weights of others, without --data.
     """
@@ -111,7 +113,8 @@ def held_out(config: Config, paths: list[str], tokenizer: Tokenizer) -> tuple[di
     elif settings.get("data"):
         sources = by_source(token_files([path for path in settings["data"] if Path(path, "val").is_dir()], "val"))
     else:
-        sources = by_source(token_files([embedded_corpus(tokenizer, stage=2)], "val")) if tokenizer.name == "laptop" else {}
+        sources = by_source(token_files([embedded_corpus(tokenizer, stage=1 if settings else 2)], "val")) if tokenizer.name == "laptop" else {}
+        sources.pop("sums", None)  # those of math
     return sources, dict.fromkeys(sources, 1 / max(1, len(sources)))
 
 
@@ -174,8 +177,11 @@ def plot(lines: dict[tuple[str, str], list[float]], soup: float, equal: bool, pa
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    names = {path: Path(path).name for pair in lines for path in pair}
+    if len(set(names.values())) < len(names):
+        names = {path: path for path in names}
     for (one, other), losses in lines.items():
-        axis.plot([i / (len(losses) - 1) for i in range(len(losses))], losses, marker=".", label=f"{Path(one).name} to {Path(other).name}")
+        axis.plot([i / (len(losses) - 1) for i in range(len(losses))], losses, marker=".", label=f"{names[one]} to {names[other]}")
     axis.axhline(soup, color="black", linewidth=0.8, linestyle=":")
     axis.plot([0.5], [soup], "*", color="black", markersize=13, label=f"soup ({'equal' if equal else 'weighted'} parts)", zorder=5)
     axis.set(xlabel="place on the straight line between two ingredients", ylabel="held-out bits per byte of the mix", xlim=(-0.02, 1.02))
@@ -209,16 +215,23 @@ def main(arguments: list[str] | None = None) -> None:
         paths = list(recorded)
         if config.weights or config.greedy:
             raise UserError("a soup.json has its weights: --weights and --greedy do not go with it")
+    if config.size not in SIZES:
+        raise UserError(f"unknown size {config.size!r}: sizes are {', '.join(SIZES)}")
+    for path in paths:
+        if recorded and not Path(path).exists():
+            raise UserError(f"{path}, named by {config.ingredients[0]}, is not here: its paths count from the folder where that soup was made")
+        find_weights(path)
     paths = paths or [str(path) for path in sorted(Path(f"runs/{config.size}").glob("anneal-*")) if (path / "run.json").exists()]
     weights = weights or [1.0] * len(paths)
     if len(paths) < (1 if recorded else 2):  # a greedy soup may have kept one
-        raise UserError(f"a soup needs two ingredients or more, there {f'is {paths[0]}' if paths else 'is none'}: run python anneal.py first, or name "
-                        "runs, checkpoints or Hugging Face directories")
+        raise UserError(f"a soup needs two ingredients or more, there {f'is {paths[0]}' if paths else 'is none'}: run python anneal.py"
+                        f"{'' if config.size == 'tiny' else f' --size {config.size}'} first, or name runs, checkpoints or Hugging Face directories")
     if len(weights) != len(paths) or not all(0 < weight < float("inf") for weight in weights):
         raise UserError(f"--weights {' '.join(map(str, weights))}: expected {len(paths)} numbers above 0, one per ingredient")
-    if config.points == 1 or config.points < 0 or config.val_tokens < 1 or config.questions < 0:
-        raise UserError(f"--points {config.points} must be 2 or more (0: no figure), --val-tokens {config.val_tokens} at least 1, --questions "
-                        f"{config.questions} at least 0")
+    if problems := [text for text, holds in [(f"--points {config.points} must be 2 or more (0: no figure)", config.points >= 0 and config.points != 1),
+                                             (f"--val-tokens {config.val_tokens} must be at least 1", config.val_tokens >= 1),
+                                             (f"--questions {config.questions} must be at least 0", config.questions >= 0)] if not holds]:
+        raise UserError("; ".join(problems))
     out = Path(config.out or f"runs/{config.size}/soup")
     for path in paths:
         check_finished(path)
@@ -229,6 +242,9 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"{out} holds something else than a soup: choose another folder with --out")
     if (out / ".old-hf").exists() and not (out / "hf").exists():  # the machine went down between two renames
         (out / ".old-hf").rename(out / "hf")
+    asked = {"ingredients": paths, "weights": weights, "greedy": config.greedy}
+    if (out / "soup.json").exists() and (there := read_json(out / "soup.json").get("asked", asked)) != asked:
+        raise UserError(f"{out} holds another soup, of {' '.join(there['ingredients'])}: remove it, or choose another folder with --out")
     scores = Scores(config, paths)
     if config.greedy and not scores.sources:
         raise UserError("--greedy judges by held-out text: give some with --data")
@@ -237,7 +253,7 @@ def main(arguments: list[str] | None = None) -> None:
         hashes = dict(zip(paths, average(paths, weights, aside)))
         if recorded and (changed := [path for path in paths if hashes[path] != recorded[path]]):
             raise UserError(f"{', '.join(changed)}: other weights than those of {config.ingredients[0]}")
-        rows = {path: scores(path) for path in tqdm(paths, desc="score", unit=" models", disable=None, leave=False)}
+        rows = {path: scores(path) for path in tqdm(paths, desc="scores", unit=" models", disable=None, leave=False)}
         part = dict(zip(paths, weights))
         if config.greedy:
             paths = choose(part, rows, scores, aside)
@@ -248,21 +264,31 @@ def main(arguments: list[str] | None = None) -> None:
         put_in_place(aside, out / "hf")
         write_json(out / "soup.json", {
             "ingredients": [{"path": path, "weight": part[path], "sha256": hashes[path], "scores": rows[path]} for path in paths],
-            "scores": rows["soup"], "greedy": config.greedy, "versions": {"python": platform.python_version(), "torch": torch.__version__}})
+            "scores": rows["soup"], "asked": asked, "versions": {"python": platform.python_version(), "torch": torch.__version__}})
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        with contextlib.suppress(OSError):  # empty, if nothing has come of it
+            out.rmdir()
     equal = len(set(part[path] for path in paths)) == 1
     print(f"{out / 'hf'}: the average of {', '.join(path if equal else f'{part[path]:g} {path}' for path in paths)}")
+    if left := [path for path in asked["ingredients"] if path not in paths]:
+        print(f"left out, since with them it had more bits per byte: {', '.join(left)}")
+    if differ := [name for name in ("init", "mix", "data", "tokens", "lr") if len({str(run_settings(path).get(name)) for path in paths}) > 1]:
+        print(f"note: the ingredients differ in {', '.join(differ)}")
     if not scores.sources:
         return print("not scored" + ": no held-out text is known, give some with --data" * config.score)
+    print(f"held-out text {'of --data' if config.data else f'as for {paths[0]}' if run_settings(paths[0]) else 'that is embedded'}: "
+          + ", ".join(f"{100 * share:.0f} % {source}" for source, share in scores.shares.items()))
     print_table(rows, digits=4)
     if config.points and len(paths) > 1:
         pairs = list(combinations(paths, 2))
-        lines = {pair: scores.line(*pair, tuple(rows[path]["mix bpb"] for path in pair)) for pair in tqdm(pairs, desc="figure", unit=" lines", disable=None, leave=False)}
+        bar = tqdm(pairs, desc="figure", unit=" lines", disable=None, leave=False)
+        lines = {pair: scores.line(*pair, tuple(rows[path]["mix bpb"] for path in pair)) for pair in bar}
         plot(lines, rows["soup"]["mix bpb"], equal, out / "soup.png")
         print(f"figure {out / 'soup.png'}")
+    print(f"next: python sample.py {out} \"The\"")
 
 
 if __name__ == "__main__":

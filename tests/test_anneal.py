@@ -121,7 +121,7 @@ def test_all_ingredients_in_turn_and_again(stage1, here, capsys):
     module.main(["--init", "runs/first", "--out", "runs/all", "--tokens", "512"])
     out = capsys.readouterr().out
     assert [config_of(Path(f"runs/all-{k}"))["seed"] for k in (1, 2, 3)] == [42, 42_069, 666]
-    assert re.search(r"\n +all-1 +all-2\nseed +42 +42,069\n", out)  # against the one before, one row differs
+    assert re.search(r"\nsetting +all-1 +all-2\nseed +42 +42,069\n", out)  # against the one before, one row differs
     scores = [line for line in out.splitlines() if line.startswith(("stage 1, step16", "runs/all-"))][-4:]
     assert [line.split("  ")[0] for line in scores] == ["stage 1, step16-tokens3K", "runs/all-1", "runs/all-2", "runs/all-3"]
     first = next(row for row in read_metrics(Path("runs/all-1")) if row["event"] == "eval")
@@ -221,7 +221,7 @@ def test_microanneals_share_a_table(stage1, here, capsys):
     module.main([*flags, "--mix", "math=1", "docs=1"])
     header, *table = capsys.readouterr().out.strip().splitlines()[-4:]
     assert "mix bpb" not in header and "docs bpb" in header  # each has a mix of its own
-    assert [line.split("  ")[0] for line in table] == ["stage 1, step16-tokens3K", "runs/tiny/micro-math1-docs1", "runs/tiny/micro-math1-docs9"]
+    assert [line.split("  ")[0] for line in table] == ["stage 1, step16-tokens3K", "runs/tiny/micro-math1-docs1, 512 tokens", "runs/tiny/micro-math1-docs9, 512 tokens"]
     assert config_of(Path("runs/tiny/micro-math1-docs9"))["mix"] == ["math=1", "docs=9"]
 
 
@@ -233,6 +233,11 @@ def test_study_is_the_papers(here):
         once[name] = sum(sums)
         assert len(sums) == (2 if name == "math-twice" else 1)
     assert once == {"math-35-65": 704, "math-10-90": 704, "math-twice": 1408}
+
+
+def test_plan_needs_no_checkpoint(here, capsys):
+    module.main(["--size", "7B", "--gpus", "64", "--plan"])
+    assert "7,298,617,344 parameters" in capsys.readouterr().out
 
 
 # ---- what a person can get wrong
@@ -248,7 +253,8 @@ def test_study_is_the_papers(here):
     ("--init runs/first --mix math", "--mix math: expected source=weight"),
     ("--init runs/first --mix math=0", "a weight above 0"),
     ("--init runs/first --mix math=nan", "a weight above 0"),
-    ("--init runs/first --mix maths=1", "no such source; the embedded ones are docs, code"),
+    ("--init runs/first --mix maths=1", "no such source, did you mean math?; the embedded ones are docs, code"),
+    ("--init runs/first --mix embedded-laptop=1", "did you mean tokens/embedded-laptop?"),
     ("--init runs/first --mix math=1 math=2", "name each source once"),
     ("--init runs/first --mix math=1 --data tokens/embedded-laptop", "--mix takes the place of --data"),
     ("--init runs/first --study --tokens 5", "--study sets --tokens itself"),

@@ -1,5 +1,6 @@
 """What the README, the files and the help promise: counts, commands, imports."""
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -38,12 +39,17 @@ def test_help_and_docstring(name):
     assert f"python {name}.py" in docstring
 
 
+@functools.cache
+def help_of(script):
+    return subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True).stdout
+
+
 def test_every_command_names_what_exists():
     commands = re.findall(r"^python (\S+\.py)(.*)$", README, re.M) + re.findall(r"`python (\S+\.py)([^`]*)`", README)
     assert len(commands) > 8
     for script, rest in commands:
         assert (ROOT / script).exists(), script
-        shown = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True).stdout if "--" in rest else ""
+        shown = help_of(script) if "--" in rest else ""
         for flag in re.findall(r" (--[\w-]+)", rest):
             assert flag in shown, (script, flag)
     for path in re.findall(r"\]\(([\w./]+)\)", README):

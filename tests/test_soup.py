@@ -98,8 +98,8 @@ def test_transformers_opens_the_soup(runs, here):
 
 
 def test_memory_is_that_of_two_tensors(tmp_path):
-    """Two directories of 14 tensors of 36 MiB and of small ones, in bf16: about 570 MiB each."""
-    config = ModelConfig(layers=4, d_model=1024, heads=8, kv_heads=8, ffn=18 * 1024, vocab=18 * 1024, context=128, eos=1000, pad=1001)
+    """Two directories of 11 tensors of 36 MiB and of small ones, in bf16: about 420 MiB each."""
+    config = ModelConfig(layers=3, d_model=1024, heads=8, kv_heads=8, ffn=18 * 1024, vocab=18 * 1024, context=128, eos=1000, pad=1001)
     with torch.device("meta"):
         shapes = {name: p.detach().bfloat16() for name, p in OLMo2(config).named_parameters()}
     paths = [str(tmp_path / "one"), str(tmp_path / "two")]
@@ -123,7 +123,7 @@ def test_memory_is_that_of_two_tensors(tmp_path):
     assert process.returncode == 0
     one = sum(file.stat().st_size for file in Path(paths[0]).glob("*.safetensors")) / 2**20
     limit = 160  # MiB: the sum of one tensor in fp32 (72), its mean in bf16 (36), a block of values (16), torch's checkpoint code (20)
-    assert peak - before < limit < one / 3, (before, peak, one)
+    assert peak - before < limit < one / 2.5, (before, peak, one)
     soup = StoredWeights(tmp_path / "soup/hf")
     parts = [StoredWeights(Path(path)) for path in paths]
     for name in shapes:
@@ -205,7 +205,7 @@ def test_a_failed_command_leaves_the_soup_that_was_there(runs, here, tmp_path, c
     module.main([*runs, "--out", "runs/kept", *QUICK])
     before = {path: path.read_bytes() for path in sorted(Path("runs/kept").rglob("*")) if path.is_file()}
     other = make(tmp_path / "other", 1, config=ModelConfig(**{**vars(SIZES["tiny"]), "ffn": 128}))
-    fails(module.main, [*runs, other, "--out", "runs/kept", *QUICK], capsys)
+    assert "runs/kept holds another soup, of runs/soupy-1 runs/soupy-2" in fails(module.main, [*runs, other, "--out", "runs/kept", *QUICK], capsys)
     assert "runs/kept lies in runs/kept" in fails(module.main, ["runs/kept", runs[0], "--out", "runs/kept", *QUICK], capsys)
     assert "something else than a soup" in fails(module.main, [*runs, "--out", "runs/soupy-1/run.json", *QUICK], capsys)
     assert {path: path.read_bytes() for path in sorted(Path("runs/kept").rglob("*")) if path.is_file()} == before
@@ -218,7 +218,9 @@ def test_a_failed_command_leaves_the_soup_that_was_there(runs, here, tmp_path, c
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("", "a soup needs two ingredients or more, there is none: run python anneal.py first"),
+    ("", "a soup needs two ingredients or more, there is none: run python anneal.py --size 14M first"),
+    ("--size 7b", "unknown size '7b'"),
+    ("soup.json.bak", "soup.json.bak does not exist"),
     ("runs/soupy-1", "there is runs/soupy-1"),
     ("runs/soupy-1 runs/nothing", "runs/nothing does not exist"),
     ("runs/soupy-1 runs/soupy-2 --weights 1", "expected 2 numbers above 0"),
