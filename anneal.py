@@ -1,6 +1,6 @@
 """Stage 2, mid-training: the same loop on better data, while the learning rate falls in a straight line to zero.
 
-    python anneal.py                          # laptop: three orders of the embedded mix, from runs/tiny/pretrain; 3 minutes
+    python anneal.py                          # laptop: three orders of the embedded mix, from runs/tiny/pretrain; 2 minutes
     python anneal.py --ingredient 2                                # one of them: a cluster runs them side by side
     torchrun --nproc-per-node 8 anneal.py --size 7B --ingredient 1 # from runs/7B/pretrain, on tokens/dolmino/*
     python anneal.py --mix math=1 docs=9                           # a microanneal: what does 10 % math do?
