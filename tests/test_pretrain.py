@@ -197,7 +197,7 @@ def test_starts_from_the_weights_of_another_run(finished, here, tmp_path, capsys
 # ---- interruption and damage
 
 
-@pytest.mark.parametrize("flags", [["--kills", "10"], ["--kills", "6", "--ranks", "2"]])
+@pytest.mark.parametrize("flags", [["--kills", "6"], ["--kills", "3", "--ranks", "2"]])
 def test_kills_do_not_show(flags, tmp_path):
     """In a process of its own, whose children are forked before any thread is started."""
     out = subprocess.run([sys.executable, ROOT / "tests/kill.py", *flags], capture_output=True, text=True, cwd=tmp_path)

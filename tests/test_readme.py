@@ -31,17 +31,17 @@ def test_imports_go_one_way_and_nothing_happens_at_import(tmp_path):
     assert rest == ["False"] * 3 and not out.stderr and not list(tmp_path.iterdir())
 
 
+@functools.cache
+def help_of(script):
+    return subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
+
+
 @pytest.mark.parametrize("name", ORDER)
 def test_help_and_docstring(name):
-    out = subprocess.run([sys.executable, ROOT / f"{name}.py", "--help"], capture_output=True, text=True)
+    out = help_of(f"{name}.py")
     assert out.returncode == 0 and out.stdout.strip() and not out.stderr
     docstring = ast.get_docstring(ast.parse((ROOT / f"{name}.py").read_text()))
     assert f"python {name}.py" in docstring
-
-
-@functools.cache
-def help_of(script):
-    return subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True).stdout
 
 
 def test_every_command_names_what_exists():
@@ -49,7 +49,7 @@ def test_every_command_names_what_exists():
     assert len(commands) > 8
     for script, rest in commands:
         assert (ROOT / script).exists(), script
-        shown = help_of(script) if "--" in rest else ""
+        shown = help_of(script).stdout if "--" in rest else ""
         for flag in re.findall(r" (--[\w-]+)", rest):
             assert flag in shown, (script, flag)
     for path in re.findall(r"\]\(([\w./]+)\)", README):
