@@ -61,7 +61,6 @@ DOLMINO = {50: dict(dclm=24.31, flan=8.54, pes2o=3.01, wiki=3.66, stackexchange=
 # Ours. In the published list of 50B: web, papers and wiki 60 %, instructions 17 %, question and answer 2 %, math 21 %.
 LAPTOP_MIX = ("prose=30", "math=45", "qa=15", "instruct=10")
 
-
 # The paper's little study (Table 12) at our scale: one small source of math, of 90,112 tokens, and more or less web around it.
 # Seen once, it is 35 % or 10 % of the tokens; seen twice, half of them.
 STUDY = {"math-35-65": (("sums=35", "docs=65"), 90_112 * 100 // 35), "math-10-90": (("sums=10", "docs=90"), 90_112 * 10),

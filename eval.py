@@ -21,12 +21,6 @@ from data import TASKS, TokenData, Tokenizer, embedded_corpus, get_tokenizer, ma
 from model import OLMo2, UserError, best_device, from_all, rank_and_world, run_cli, write_json
 
 
-def bits_per_byte(model: OLMo2, data: TokenData, max_tokens: int | None = None, batch_tokens: int = 8192) -> float:
-    """Cross-entropy in bits over bytes, on the first `max_tokens` tokens of `data` (None: all), in file order."""
-    nats, n_bytes, _ = held_out_sums(model, data, max_tokens, batch_tokens)
-    return nats / math.log(2) / n_bytes
-
-
 @torch.no_grad()
 def held_out_sums(model: OLMo2, data: TokenData, max_tokens: int | None = None, batch_tokens: int = 8192) -> tuple[float, int, int]:
     """(cross-entropy in nats, bytes, targets), each summed over the first `max_tokens` tokens of `data` (None: all).

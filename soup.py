@@ -206,10 +206,10 @@ def main(arguments: list[str] | None = None) -> None:
     config = tyro.cli(Config, description=__doc__, args=arguments)
     paths, weights, recorded = list(config.ingredients), list(config.weights), None
     if len(paths) == 1 and paths[0].endswith(".json"):
-        recorded = read_json(Path(paths[0]))
+        record = read_json(Path(paths[0]))
         try:
-            recorded = {entry["path"]: entry["sha256"] for entry in recorded["ingredients"]}
-            weights = [float(entry["weight"]) for entry in read_json(Path(paths[0]))["ingredients"]]
+            recorded = {entry["path"]: entry["sha256"] for entry in record["ingredients"]}
+            weights = [float(entry["weight"]) for entry in record["ingredients"]]
         except (TypeError, KeyError, ValueError):
             raise UserError(f"{paths[0]} is no soup.json: expected ingredients, each with path, weight and sha256") from None
         paths = list(recorded)
@@ -259,8 +259,8 @@ def main(arguments: list[str] | None = None) -> None:
             paths = choose(part, rows, scores, aside)
             average(paths, [part[path] for path in paths], make_folder(aside))
         rows["soup"] = scores(aside)
-        for record in ("soup.json", "soup.png"):  # at no time do they stand beside another soup than theirs
-            (out / record).unlink(missing_ok=True)
+        for name in ("soup.json", "soup.png"):  # at no time do they stand beside another soup than theirs
+            (out / name).unlink(missing_ok=True)
         put_in_place(aside, out / "hf")
         write_json(out / "soup.json", {
             "ingredients": [{"path": path, "weight": part[path], "sha256": hashes[path], "scores": rows[path]} for path in paths],

@@ -1,7 +1,7 @@
 """anneal.py: where it starts, what it carries over, where it ends; its recipes against the published ones; its mixes."""
+import contextlib
 import dataclasses
 import doctest
-import os
 import re
 import shutil
 from pathlib import Path
@@ -26,12 +26,8 @@ MIX = ["--mix", "prose=1", "math=2"]
 @pytest.fixture(scope="module")
 def stage1(workplace):
     """A short stage 1 of 16 steps, stopped halfway down its cosine."""
-    before = os.getcwd()
-    os.chdir(workplace)
-    try:
+    with contextlib.chdir(workplace):
         pretrain.main([*SHORT, "--tokens", "2048", "--horizon", "4096", "--questions", "8", "--out", "runs/first"])
-    finally:
-        os.chdir(before)
     return Path("runs/first")
 
 

@@ -1,4 +1,5 @@
 """Many processes: the same losses and weights at any world size and mesh, states that move between them, and faults."""
+import contextlib
 import json
 import os
 import pickle
@@ -38,12 +39,8 @@ def weights_of(log):
 @pytest.fixture(scope="module")
 def pair(workplace):
     """An undisturbed run on two ranks."""
-    before = os.getcwd()
-    os.chdir(workplace)
-    try:
+    with contextlib.chdir(workplace):
         ranks(2, "runs/pair")
-    finally:
-        os.chdir(before)
     return workplace / "runs/pair"
 
 
@@ -73,12 +70,8 @@ def test_one_rank_is_one_process_bit_for_bit(finished_alone, here):
 
 @pytest.fixture(scope="module")
 def finished_alone(workplace):
-    before = os.getcwd()
-    os.chdir(workplace)
-    try:
+    with contextlib.chdir(workplace):
         module.main([*FLAGS, "--tokens", "2048", "--out", "runs/plain"])
-    finally:
-        os.chdir(before)
     return workplace / "runs/plain"
 
 

@@ -1,4 +1,5 @@
 """pretrain.py: its schedule against the published rates, its states against damage, its runs against interruption."""
+import contextlib
 import doctest
 import json
 import math
@@ -103,12 +104,8 @@ def test_skip_step_decides_as_olmo_core_and_survives_nan():
 @pytest.fixture(scope="module")
 def finished(workplace):
     """One short run, killed by nothing."""
-    before = os.getcwd()
-    os.chdir(workplace)
-    try:
+    with contextlib.chdir(workplace):
         return run(workplace / "runs/finished", 16)
-    finally:
-        os.chdir(before)
 
 
 def test_a_run_leaves_what_it_promises(finished, here):

@@ -1,4 +1,5 @@
 """soup.py: the average bit for bit and in little memory, what it refuses, its record, its scores and its figure."""
+import contextlib
 import doctest
 import json
 import os
@@ -48,16 +49,12 @@ def in_memory(paths, weights):
 def runs(workplace):
     """Two anneals of one short stage 1, the second by two processes."""
     import anneal
-    before = os.getcwd()
-    os.chdir(workplace)
-    try:
+    with contextlib.chdir(workplace):
         pretrain.main([*SHORT, "--tokens", "2048", "--horizon", "4096", "--questions", "8", "--out", "runs/base"])
         flags = ["--init", "runs/base", "--out", "runs/soupy", "--tokens", "1024", "--save-every", "4"]
         anneal.main([*flags, "--ingredient", "1"])
         statuses, log = launch(2, [*flags, "--ingredient", "2", "--sample", ""], script="anneal")
         assert statuses == [0, 0], log
-    finally:
-        os.chdir(before)
     return ["runs/soupy-1", "runs/soupy-2"]
 
 
