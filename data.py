@@ -115,14 +115,26 @@ class Tokenizer:
         return self.encode(self.render_chat(messages, add_generation_prompt))
 
     def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
-        text = "<|endoftext|>" if self.chat_bos else ""
+        return "".join(self.chat_pieces(messages, add_generation_prompt))
+
+    def chat_pieces(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> list[str]:
+        """The rendered conversation, cut around what the assistant says: pieces 1, 3, ... are its words, EOS included.
+
+        >>> get_tokenizer("laptop").chat_pieces([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}])
+        ['<|endoftext|><|user|>\\nHi\\n<|assistant|>\\n', 'Yes?<|endoftext|>']
+        """
+        pieces = ["<|endoftext|>" if self.chat_bos else ""]
         for i, message in enumerate(messages):
-            role, content = message.get("role"), message.get("content")
+            role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
             if role not in ("system", "user", "assistant") or not isinstance(content, str):
                 raise UserError(f"message {i} needs a role (system, user or assistant) and a text as content: {str(message)[:80]}")
-            end = "\n" if role != "assistant" else "<|endoftext|>" if i == len(messages) - 1 else "<|endoftext|>\n"
-            text += f"<|{role}|>\n{content}{end}"
-        return text + ("<|assistant|>\n" if add_generation_prompt else "")
+            pieces[-1] += f"<|{role}|>\n"
+            if role == "assistant":
+                pieces += [f"{content}<|endoftext|>", "" if i == len(messages) - 1 else "\n"]
+            else:
+                pieces[-1] += f"{content}\n"
+        pieces[-1] += "<|assistant|>\n" if add_generation_prompt else ""
+        return pieces if pieces[-1] else pieces[:-1]
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, with which transformers gives the same ids and conversations."""
@@ -599,6 +611,63 @@ def instruct_item(rng: random.Random) -> tuple[str, str, str, tuple]:
 
 
 TASKS = {"math": math_item, "qa": qa_item, "instruct": instruct_item}
+
+# What posttrain.py's laptop recipe asks for, each as (words, label as in the release's RLVR data, a sentence so changed).
+CONSTRAINTS = [
+    ("Use capital letters only.", {"func_name": "validate_uppercase"}, str.upper),
+    ("Use no capital letters.", {"func_name": "validate_lowercase"}, str.lower),
+    ("Put it in double quotation marks.", {"func_name": "validate_quotation"}, lambda text: f'"{text}"'),
+    ("Make it a bullet point.", {"func_name": "verify_bullet_points", "N": 1}, lambda text: f"* {text}"),
+    ("Highlight it with asterisks.", {"func_name": "validate_highlighted_sections", "N": 1}, lambda text: f"*{text}*"),
+    ("End with the words: That is all.", {"func_name": "validate_end", "end_phrase": "That is all."}, lambda text: f"{text} That is all."),
+]
+
+
+def constraint_item(rng: random.Random) -> tuple[str, str, str, str, tuple]:
+    """A sentence to say under a constraint; said so, and said plainly; the constraint as JSON; its operands."""
+    name, number, thing = rng.choice(NAMES), rng.randint(10, 99), rng.choice(THINGS)
+    text, (words, label, change) = f"{name} has {number} {thing}.", rng.choice(CONSTRAINTS)
+    return f"Say that {text} {words}", change(text), text, json.dumps(label), (name, number, thing)
+
+
+def rlvr_rows(task: str, split: str, count: int, seed: int = 0) -> Iterator[dict]:
+    """`count` rows {messages, ground_truth, dataset} as in the release's RLVR data, of sums (`gsm8k`) or constraints (`ifeval`).
+
+    Beside these, two answers to learn from: `careful` works the sum out, or keeps to the constraint; `hasty` says just the
+    result, or overlooks the constraint. All different within val; no operands of val are ever in train, as in `task_items`.
+    """
+    rng, seen, tries = random.Random(f"{task} {split} {seed}"), set(), 0
+    while count:
+        tries += 1
+        if tries > 10_000:
+            raise UserError(f"there are only {len(seen):,} different held-out prompts of {task}")
+        if task == "gsm8k":
+            prompt, careful, gold, operands = math_item(rng)
+            operands, hasty = f"math {sorted(operands)}", f"The answer is {gold}."
+        else:
+            prompt, careful, hasty, gold, operands = constraint_item(rng)
+        if held_out(str(operands), one_in=10) == (split == "val") and not (split == "val" and prompt in seen):
+            seen.add(prompt)
+            tries, count = 0, count - 1
+            yield {"messages": [{"role": "user", "content": prompt}], "ground_truth": gold, "dataset": task, "source": "sums" if task == "gsm8k" else "constraints",
+                   "careful": careful, "hasty": hasty}
+
+
+def instruct_rows(split: str, count: int, seed: int = 0, hasty: float = 0.6) -> Iterator[dict]:
+    """`count` conversations {messages, source} to imitate, by two kinds of writers: a share `hasty` of the answers is of the hasty kind.
+
+    Half are sums, half constraints; one in eight goes on with a comparison of two numbers.
+    """
+    rng = random.Random(f"instruct {split} {seed}")
+    rows = {task: rlvr_rows(task, split, count, seed) for task in ("gsm8k", "ifeval")}
+    more = task_items("qa", split, count if split == "train" else 500, seed)
+    for _ in range(count):
+        row = next(rows[rng.choice(("gsm8k", "ifeval"))])
+        messages = [*row["messages"], {"role": "assistant", "content": row["hasty" if rng.random() < hasty else "careful"]}]
+        if rng.random() < 1 / 8 and (item := next(more, None)):
+            messages += [{"role": "user", "content": item["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")},
+                         {"role": "assistant", "content": item["answer"].strip()}]
+        yield {"messages": messages, "source": row["source"]}
 
 
 def embedded_corpus(tokenizer: Tokenizer, out: Path = Path("tokens"), stage: int = 1) -> Path:

@@ -37,6 +37,7 @@ from einops import rearrange
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils.checkpoint import checkpoint
 
 
 class UserError(ValueError):
@@ -111,6 +112,7 @@ class ModelConfig:
     pad: int = 100_277  # id of <|pad|>
     rope_theta: float = 500_000.0
     norm_eps: float = 1e-6
+    head: Literal["lm", "score"] = "lm"  # score: one column instead of V, a reward or value model (posttrain.py)
     # The ablations of section 3. The released models have the first value of each.
     norm_position: Literal["reordered", "pre"] = "reordered"  # pre: x + f(norm(x)), as in GPT-2 and Llama
     qk_norm: bool = True
@@ -138,7 +140,8 @@ class ModelConfig:
         norms = (2 * self.d_model + self.qk_norm * (self.heads + self.kv_heads) * self.head_dim) * (self.norm == "rms")
         matrices = 2 * self.d_model * (self.heads + self.kv_heads) * self.head_dim + 3 * self.d_model * self.ffn
         embed = self.vocab * self.d_model
-        return {"total": self.layers * (matrices + norms) + 2 * embed + self.d_model * (self.norm == "rms"),
+        head = embed if self.head == "lm" else self.d_model
+        return {"total": self.layers * (matrices + norms) + embed + head + self.d_model * (self.norm == "rms"),
                 "embed": embed}
 
     def flops_per_token(self, seq_len: int) -> int:
@@ -321,7 +324,10 @@ class OLMo2(nn.Module):
         device = torch.get_default_device()
         with torch.device("meta"):  # no memory and no default initialisation, which ours would overwrite
             self.model = Transformer(config)
-            self.lm_head = nn.Linear(config.d_model, config.vocab, bias=False)
+            if config.head == "lm":
+                self.lm_head = nn.Linear(config.d_model, config.vocab, bias=False)
+            else:
+                self.score = nn.Linear(config.d_model, 1, bias=False)
         if device.type != "meta":
             self.to_empty(device=device)
             self.init_weights(seed)
@@ -339,6 +345,8 @@ class OLMo2(nn.Module):
                 part.fill_(1.0)
                 continue
             std = self.config.embed_std if "embed_tokens" in name else 0.02
+            if name == "score.weight":
+                std = 1 / math.sqrt(self.config.d_model + 1)  # open-instruct reward_modeling.py
             if self.config.init == "olmo0424":  # 1/sqrt(fan-in); outputs of a block also 1/sqrt(2 * layer), from 1
                 std = 1 / math.sqrt(self.config.d_model if "embed_tokens" in name else parameter.shape[1])
                 if "o_proj" in name or "down_proj" in name:
@@ -367,6 +375,28 @@ class OLMo2(nn.Module):
         ce_sum, z_sum = ChunkedLoss.apply(
             rearrange(hidden, "b t d -> (b t) d"), self.lm_head.weight, targets.flatten(), z_loss, torch.is_grad_enabled())
         return ce_sum, z_sum, (targets != -100).sum()
+
+    def log_probs(self, tokens: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+        """log softmax(logits / temperature) of each target, [B, T] in fp32; 0 where targets, as in `loss`, are -100.
+
+        For objectives that need a value per token (DPO, PPO, GRPO). The head sees the real targets alone, a chunk of them at a
+        time: where there are several chunks, the backward pass makes each one's logits again instead of keeping them.
+        """
+        real = targets != -100
+        hidden, ids, weight = self.model(tokens)[real], targets[real], self.lm_head.weight  # n D, n
+        size = max(64, ChunkedLoss.CHUNK[hidden.device.type] // self.config.vocab)
+
+        def chunk(h: Tensor, target: Tensor) -> Tensor:
+            return -F.cross_entropy((h @ weight.to(h.dtype).T).float() / temperature, target, reduction="none")
+
+        if len(ids) > size and torch.is_grad_enabled():
+            chunk = functools.partial(checkpoint, chunk, use_reentrant=False, preserve_rng_state=False)
+        parts = [chunk(h, target) for h, target in zip(hidden.split(size), ids.split(size))]
+        return torch.zeros_like(tokens, dtype=torch.float32).masked_scatter(real, torch.cat(parts))
+
+    def scores(self, tokens: Tensor) -> Tensor:
+        """[B, T] in fp32, of a model with `head="score"`: what the text up to each token is worth."""
+        return self.score(self.model(tokens)).float()[..., 0]
 
     # ---- generation
 
@@ -399,16 +429,21 @@ class OLMo2(nn.Module):
         row_seeds = [[seed, i] for i in range(len(prompts))] if isinstance(seed, int) else seed
         draws = torch.tensor(np.stack([np.random.default_rng(s).random(max_new_tokens, np.float32) for s in row_seeds]))
 
-        # Prompts are padded on the right: being causal, no position sees the padding, and decoding overwrites it.
+        # Each distinct prompt is read once. They are padded on the right: being causal, no position sees the padding, and decoding
+        # overwrites it.
         B, longest = len(prompts), max(lengths)
-        tokens = torch.zeros(B, longest, dtype=torch.long)
-        for row, prompt in zip(tokens, prompts):
+        index = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        which = torch.tensor([index[tuple(prompt)] for prompt in prompts], device=device)
+        tokens = torch.zeros(len(index), longest, dtype=torch.long)
+        for row, prompt in zip(tokens, index):
             row[: len(prompt)] = torch.tensor(prompt)
         capacity = min(longest + max_new_tokens, self.config.context)
-        cache = self.empty_cache(B, capacity)
-        hidden = self.model(tokens.to(device), torch.arange(longest, device=device).repeat(B, 1), cache)
+        cache = self.empty_cache(len(index), capacity)
+        hidden = self.model(tokens.to(device), torch.arange(longest, device=device).repeat(len(index), 1), cache)
+        if len(index) < B:
+            cache = [[kept[which] for kept in layer] for layer in cache]
         position = torch.tensor(lengths, device=device)  # where each row's next token goes
-        hidden = hidden[torch.arange(B, device=device), position - 1]
+        hidden = hidden[which, position - 1]
         rows = torch.arange(B)  # which prompt each row of the batch belongs to
         running = torch.ones(B, dtype=torch.bool)
         for step in range(max_new_tokens):
@@ -459,13 +494,16 @@ class OLMo2(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> "OLMo2":
-        """The model of a run (its `hf/`), of one of its checkpoints, or of a Hugging Face directory of any dtype.
+        """The language model of a run (its `hf/`), of one of its checkpoints, or of a Hugging Face directory of any dtype.
 
         Raises UserError, naming what is missing, extra, of another shape or damaged.
         """
         folder, weights = find_weights(path)
+        config = read_config(folder)
+        if config.head != "lm":
+            raise UserError(f"{path} holds a reward model: it gives a text a number and cannot write")
         with torch.device("meta"):
-            model = cls(read_config(folder))
+            model = cls(config)
         model = model.to(dtype).to_empty(device=device)
         load_tensors(weights, {name: p.detach() for name, p in model.named_parameters()})
         return model
@@ -685,8 +723,10 @@ def write_config(path: Path, c: ModelConfig, dtype: torch.dtype) -> None:
     ablations = {f.name: getattr(c, f.name) for f in dataclasses.fields(c)
                  if f.name in ABLATIONS and getattr(c, f.name) != f.default}
     olmo2 = {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"}
+    if c.head == "score":  # of one label
+        olmo2 |= {"architectures": ["Olmo2ForSequenceClassification"], "id2label": {"0": "score"}, "label2id": {"score": 0}}
     write_json(path / "config.json", {
-        **({"architectures": ["OLMo2Ablation"], "model_type": "olmo2-ablation"} if ablations else olmo2),
+        **olmo2, **({"architectures": ["OLMo2Ablation"], "model_type": "olmo2-ablation"} if ablations else {}),
         **{theirs: getattr(c, ours) for theirs, ours in HF_KEYS.items()}, **FIXED_KEYS, **ablations,
         "bos_token_id": None, "initializer_range": 0.02, "use_cache": True, "torch_dtype": str(dtype).removeprefix("torch.")})
     write_json(path / "generation_config.json", {
@@ -752,16 +792,17 @@ def read_config(folder: Path) -> ModelConfig:
     if missing := [key for key in HF_KEYS if hf.get(key) is None]:
         raise UserError(f"{folder}/config.json lacks {', '.join(missing)}")
     return ModelConfig(**{ours: hf[theirs] for theirs, ours in HF_KEYS.items()},
-                       **{key: hf[key] for key in ABLATIONS if key in hf})
+                       **{key: hf[key] for key in ABLATIONS if key in hf},
+                       head="score" if len(hf.get("id2label", ())) == 1 else "lm")
 
 
-def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors` in place from the safetensors files of `folder`, whole or sharded, converting the dtype.
+def load_tensors(folder: Path, tensors: dict[str, Tensor], leave_out: tuple[str, ...] = ()) -> None:
+    """Fill `tensors` in place from the safetensors files of `folder`, whole or sharded, converting the dtype; `leave_out` names those not wanted.
 
     Raises UserError where `check_tensors` does. The reader is torch's, which slices and reshards but checks little.
     """
     from torch.distributed import checkpoint as dcp
-    together(lambda: check_tensors(folder, tensors) if rank_and_world()[0] == 0 else None)
+    together(lambda: check_tensors(folder, tensors, leave_out) if rank_and_world()[0] == 0 else None)
     try:
         with one_process_is_fine():
             dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
@@ -786,7 +827,7 @@ def read_headers(folder: Path):
         raise UserError(f"a weights file in {folder} is damaged: {error}") from None
 
 
-def check_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+def check_tensors(folder: Path, tensors: dict[str, Tensor], leave_out: tuple[str, ...] = ()) -> None:
     """Do the safetensors headers in `folder` hold exactly `tensors`, whole? UserError names what is missing, extra, damaged."""
     files = {path.name for path in folder.glob("*.safetensors")}
     index = folder / "model.safetensors.index.json"
@@ -799,7 +840,7 @@ def check_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
         raise UserError(f"{folder} holds {', '.join(extra)} beside the files of its index: which weights are meant? remove one set")
     stored = read_headers(folder).state_dict_metadata
     problems = [f"{name} is missing" for name in tensors if name not in stored]
-    problems += [f"{name} is not in this model" for name in stored if name not in tensors]
+    problems += [f"{name} is not in this model" for name in stored if name not in tensors and name not in leave_out]
     for name in (name for name in tensors if name in stored):
         if stored[name].size != tensors[name].shape:
             problems.append(f"{name} is {list(stored[name].size)}, not {list(tensors[name].shape)}")

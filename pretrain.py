@@ -356,18 +356,18 @@ def prepare(model: OLMo2, c: Config, mesh: DeviceMesh | None, bf16: bool) -> Non
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # gradients are sums: the loss is divided by the global count of targets
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other
-    for method in ("loss", "generate"):
+    for method in ("loss", "log_probs", "scores", "generate"):
         register_fsdp_forward_method(model, method)
 
 
-def self_check(c: Config, data: TokenData, weights: dict[str, Tensor], device: torch.device) -> str:
+def self_check(c: Config, data_hash: str, weights: dict[str, Tensor], device: torch.device) -> str:
     """Do all ranks add up, and run the same code on the same data from the same weights? One line; UserError says who differs."""
     rank, world = rank_and_world()
     known = all_sum(torch.arange(1, 5, device=device) * (rank + 1))
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
     settings = hashlib.sha256(json.dumps(dataclasses.asdict(c)).encode())
     mine = {"sum of 1 to 4 over ranks": known.tolist(), "torch": torch.__version__, "code": code.hexdigest()[:12],
-            "settings": settings.hexdigest()[:12], "data": data.hash, "weights": checksum(weights)}
+            "settings": settings.hexdigest()[:12], "data": data_hash, "weights": checksum(weights)}
     everyone = from_all({**mine, "host": socket.gethostname()})
     right = [world * (world + 1) // 2 * n for n in range(1, 5)]
     wrong = [] if everyone[0]["sum of 1 to 4 over ranks"] == right else [f"the links between ranks do not add up: {known.tolist()}, not {right}"]
@@ -405,6 +405,14 @@ def make_optimizer(model: OLMo2, c: Config) -> torch.optim.AdamW:
     for p in model.parameters():  # what AdamW makes at its first step; here, so that a state can be saved before that
         optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
+
+
+def clip_gradients(model: OLMo2, largest: float) -> float:
+    """Scale the gradients, in place, to a global L2 norm of at most `largest`; returns the norm before."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), largest, norm)
+    return norm.item()
 
 
 class SkipStep:
@@ -601,14 +609,14 @@ def newest_state(run: Path) -> Path | None:
     return None
 
 
-def load_state(folder: Path, model: OLMo2, optimizer: torch.optim.AdamW) -> dict:
-    """Fill the model and the optimizer from a verified training state; returns its state.json."""
-    stored, own = (dataclasses.asdict(config) for config in (read_config(folder), model.config))
+def load_state(folder: Path, config: ModelConfig, tensors: dict[str, dict[str, Tensor]]) -> dict:
+    """Fill the tensors of a model, of this shape, and of its optimizer from a verified training state; returns its state.json."""
+    stored, own = (dataclasses.asdict(c) for c in (read_config(folder), config))
     different = [f"{key} {stored[key]}, not {own[key]}" for key in own if stored[key] != own[key] and key not in ("init", "embed_std")]
     if different:  # how a model was initialised is not kept
         raise UserError(f"{folder} holds another model ({'; '.join(different)}): choose another folder with --out")
-    for part, tensors in tensors_of(model, optimizer).items():
-        load_tensors(folder / part, tensors)
+    for part, values in tensors.items():
+        load_tensors(folder / part, values)
     return read_json(folder / "state.json")
 
 
@@ -616,8 +624,15 @@ def load_state(folder: Path, model: OLMo2, optimizer: torch.optim.AdamW) -> dict
 # The run: what is recorded, printed and drawn
 
 
-def open_run(c: Config, origin: dict[str, str], data: TokenData) -> Path:
-    """Make the run's folder and run.json, or check that the one there was started with the same settings."""
+def describe_data(data: TokenData) -> dict:
+    return {"hash": data.hash, "files": [str(path) for path in data.files], "tokens": sum(s["tokens"] for s in data.sidecars)}
+
+
+def open_run(c: Config, origin: dict[str, str], data: dict, start: str | None) -> Path:
+    """Make the run's folder and run.json, or check that the one there was started with the same settings.
+
+    `data` has a hash, which must stay, too; so must `start`, which stands for what is in --init.
+    """
     run = Path(c.out)
     config = {f.name: {"value": getattr(c, f.name), "from": origin[f.name]} for f in dataclasses.fields(c)}
     try:
@@ -628,16 +643,14 @@ def open_run(c: Config, origin: dict[str, str], data: TokenData) -> Path:
         raise UserError(f"cannot write to {run}: {error.strerror}; choose another folder with --out") from None
     for left in [*run.glob(".saving-*"), *run.glob(".old-hf")]:  # of a process that died while saving
         shutil.rmtree(left)
-    start = Path(c.init) / "manifest.json"
-    start = sha256(start)[:12] if c.moments and start.exists() else None  # a state of the same name may be of another run by now
     if (run / "run.json").exists() and (list_states(run) or read_metrics(run)):  # else nothing has come of it yet
         before = read_json(run / "run.json")
         changed = [f"{name} {before['config'][name]['value']} -> {config[name]['value']}" for name in config
                    if name not in MAY_CHANGE and before["config"].get(name, config[name])["value"] != json.loads(json.dumps(config[name]["value"]))]
-        if before["data"]["hash"] != data.hash:
-            changed.append(f"data {before['data']['hash']} -> {data.hash}")
+        if before["data"]["hash"] != data["hash"]:
+            changed.append(f"data {before['data']['hash']} -> {data['hash']}")
         if before.get("start") != start:
-            changed.append(f"the state {c.init}, which has been made anew")
+            changed.append(f"what is in {c.init}, which has been made anew")
         if changed:
             raise UserError(f"{run} was started with other settings ({', '.join(changed)}): go on with the old ones, or "
                             "choose another folder with --out")
@@ -645,8 +658,7 @@ def open_run(c: Config, origin: dict[str, str], data: TokenData) -> Path:
                                                  cwd=Path(__file__).parent).stdout.strip()
     write_json(run / "run.json", {
         "config": config, "command": sys.argv, "git": git or None, "start": start,
-        "data": {"hash": data.hash, "files": [str(path) for path in data.files], "tokens": sum(s["tokens"] for s in data.sidecars)},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "data": data, "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "hardware": {"processes": rank_and_world()[1], "machine": platform.machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
                      "cpu_capability": torch.backends.cpu.get_cpu_capability(),
                      "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}})
@@ -676,6 +688,79 @@ def sole_writer(run: Path):
             os.close(lock)
             with contextlib.suppress(OSError):  # empty, if nothing has come of it
                 run.rmdir()
+
+
+class Run:
+    """A run while it lives: how far it is, what it records and saves, and whether it shall stop. A context, on all ranks; rank 0 writes.
+
+    A signal asks all ranks to stop after the same step. A second one ends the process at once, but not under torchrun, which
+    passes on what the terminal has already sent to all.
+    """
+
+    def __init__(self, c: Config, config: ModelConfig, tokenizer: Tokenizer, state: dict):
+        """`state`: what `load_state` gave; {} for a run that begins."""
+        self.folder, self.step, self.tokens, self.stop = Path(c.out), state.get("step", 0), state.get("tokens", 0), False
+        self.rank, self.world = rank_and_world()
+        if self.rank == 0:  # a resumed run repeats the steps after its state: their rows are dropped, so that each step has one
+            kept = [row for row in read_metrics(self.folder) if row["step"] <= self.step] if state else []
+            (self.folder / "metrics.jsonl.tmp").write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            os.replace(self.folder / "metrics.jsonl.tmp", self.folder / "metrics.jsonl")
+        self.metrics = open(self.folder / "metrics.jsonl" if self.rank == 0 else os.devnull, "a", encoding="utf-8", buffering=1)
+        self.wandb = start_wandb(c, self.folder) if self.rank == 0 else None
+        self.saver = Saver(self.folder, config, tokenizer, c.keep, c.async_save)
+        self.stopped_by: list[int] = []
+        self.under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+
+    def __enter__(self) -> "Run":
+        def stop_soon(number: int, _) -> None:
+            self.stopped_by.append(number)
+            if not self.under_torchrun:
+                signal.signal(number, signal.SIG_DFL)
+
+        self.handlers = {number: signal.signal(number, stop_soon) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.saver.thread.shutdown()
+        self.metrics.close()
+        if self.wandb:
+            self.wandb.finish()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def record(self, event: str, **values) -> None:
+        row = {"event": event, "step": self.step, "tokens": self.tokens, **values}
+        self.metrics.write(json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}) + "\n")
+        if self.wandb:
+            self.wandb.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, step=self.step)
+
+    def save(self, tensors: dict[str, dict], wait: bool, **state) -> None:
+        self.metrics.flush()
+        if self.rank == 0:
+            os.fsync(self.metrics.fileno())
+        self.saver.save({"step": self.step, "tokens": self.tokens, "world": self.world, **state}, tensors, wait)
+
+    def share(self, *values: Tensor) -> list[float]:
+        """The sums of scalars over ranks. With them goes what one rank knows and all must know at the same step: a signal came
+        (`stop` is set), or the last state could not be written (raises UserError)."""
+        news = torch.tensor((len(self.stopped_by), self.saver.failed), dtype=torch.float32, device=values[0].device)
+        *sums, stop, failed = all_sum(torch.stack((*values, *news))).tolist()
+        self.stop |= bool(stop)
+        if failed:
+            self.saver.wait()
+        return sums
+
+    def leave_if_stopped(self) -> None:
+        """End the process, if a signal has stopped the run."""
+        if not self.stop:
+            return
+        number = next(numbers[0] for numbers in from_all(self.stopped_by) if numbers)
+        if self.rank == 0:
+            reason = f"stopped by {signal.Signals(number).name} at step {self.step}, saved; the same command goes on from there"
+            write_json(self.folder / "run.json", {**read_json(self.folder / "run.json"), "stopped": reason})
+            print(reason, file=sys.stderr)
+        # torchrun takes any status but 0 for a failure, and would start all over
+        sys.exit(0 if self.under_torchrun else 128 + number)
 
 
 def read_metrics(run: Path) -> list[dict]:
@@ -781,15 +866,16 @@ def train(c: Config, origin: dict[str, str]) -> Path:
     # ---- data
     tokenizer = together(lambda: get_tokenizer(c.tokenizer))
     data, val, shares = open_data(c, tokenizer)
-    run = Path(c.out)
-    together(lambda: rank or open_run(c, origin, data))
-    if not all(from_all((run / "run.json").exists())):
-        raise UserError(f"not all nodes see {run}: --out must lie on a disk that they share", everywhere=True)
+    folder = Path(c.out)
+    start = Path(c.init) / "manifest.json"  # a state of the same name may be of another run by now
+    together(lambda: rank or open_run(c, origin, describe_data(data), sha256(start)[:12] if c.moments and start.exists() else None))
+    if not all(from_all((folder / "run.json").exists())):
+        raise UserError(f"not all nodes see {folder}: --out must lie on a disk that they share", everywhere=True)
     # ---- model and optimizer: shapes first, so that no process ever holds more than its shards
     if c.init:
-        folder, weights = together(lambda: find_weights(c.init))
-        shape = together(lambda: read_config(folder))
-        if c.moments and not (folder / "state.json").exists():
+        source, weights = together(lambda: find_weights(c.init))
+        shape = together(lambda: read_config(source))
+        if c.moments and not (source / "state.json").exists():
             raise UserError(f"{c.init} has no optimizer state: name a training state (a run's step<N>-tokens<T>)", everywhere=True)
         if together(lambda: get_tokenizer(c.init)).fingerprint != tokenizer.fingerprint:
             raise UserError(f"{c.init} was trained with another tokenizer than {c.tokenizer}: pass --tokenizer {c.init}, and data made with it",
@@ -805,27 +891,21 @@ def train(c: Config, origin: dict[str, str]) -> Path:
     optimizer = make_optimizer(model, c)
     skip_step = SkipStep(c.skip_sigma)
     step = 0
-    if state_folder := newest_state(run):
-        state = load_state(state_folder, model, optimizer)
+    if state_folder := newest_state(folder):
+        state = load_state(state_folder, model.config, tensors_of(model, optimizer))
         step, skip_step = state["step"], SkipStep(c.skip_sigma, state["skip_history"])
     elif c.moments:
-        if damage := find_damage(folder):
-            raise UserError(f"{folder} is damaged ({damage}): start from another state", everywhere=True)
-        load_state(folder, model, optimizer)
+        if damage := find_damage(source):
+            raise UserError(f"{source} is damaged ({damage}): start from another state", everywhere=True)
+        load_state(source, model.config, tensors_of(model, optimizer))
     elif c.init:
         load_tensors(weights, tensors_of(model, optimizer)["model"])
     else:
         model.init_weights(c.init_seed)
-    checked = self_check(c, data, tensors_of(model, optimizer)["model"], device)
-    # A resumed run repeats the steps after its state: their rows are dropped, so that each step has one. Rank 0 keeps them.
-    if rank == 0:
-        kept = [row for row in read_metrics(run) if row["step"] <= step] if state_folder else []
-        (run / "metrics.jsonl.tmp").write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(run / "metrics.jsonl.tmp", run / "metrics.jsonl")
-    metrics = open(run / "metrics.jsonl" if rank == 0 else os.devnull, "a", encoding="utf-8", buffering=1)
+    checked = self_check(c, data.hash, tensors_of(model, optimizer)["model"], device)
     # ---- what is about to happen
     peak, flops = (peak_flops(device) or 0) * world, model.config.flops_per_token(c.seq_len)
-    print(f"run       {run}{f', going on from {state_folder.name}' if state_folder else ''}")
+    print(f"run       {folder}{f', going on from {state_folder.name}' if state_folder else ''}")
     print(f"model     {c.size}: {model.config.parameters['total']:,} parameters, {model.config.layers} layers, D {model.config.d_model}, "
           f"vocabulary {model.config.vocab:,}; {device}, {torch.get_num_threads()} threads")
     if world > 1:
@@ -841,23 +921,9 @@ def train(c: Config, origin: dict[str, str]) -> Path:
         print("          no held-out text (val/ or --val): the run is not evaluated on the way")
     if step > steps:
         print(f"          the run is already {step:,} steps long; --tokens asks for {steps:,}")
-    if wandb := start_wandb(c, run) if rank == 0 else None:
+    if c.wandb:
         print(f"wandb     {c.wandb}")
-
-    def record(event: str, **values) -> None:
-        row = {"event": event, "step": step, "tokens": step * tokens_per_step, **values}
-        metrics.write(json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}) + "\n")
-        if wandb:
-            wandb.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, step=step)
-
-    saver = Saver(run, model.config, tokenizer, c.keep, c.async_save)
-
-    def save(wait: bool) -> None:
-        metrics.flush()
-        if rank == 0:
-            os.fsync(metrics.fileno())
-        state = {"step": step, "tokens": step * tokens_per_step, "world": world, "skip_history": list(skip_step.history)}
-        saver.save(state, tensors_of(model, optimizer), wait)
+    run = Run(c, model.config, tokenizer, state if state_folder else {})
 
     def evaluate() -> None:
         with torch.compiler.set_stance("force_eager"):  # other shapes than the loop's: compiling for them would take longer
@@ -865,39 +931,27 @@ def train(c: Config, origin: dict[str, str]) -> Path:
             text = write_sample(model, tokenizer, c.sample) if c.sample else ""
         if isinstance(model, FSDPModule):
             model.reshard()  # no backward pass does it here
-        record("eval", bpb=bpb)
+        run.record("eval", bpb=bpb)
         print("          held-out bits per byte: " + ", ".join(f"{source} {value:.3f}" for source, value in bpb.items()))
         if text:
-            record("sample", text=text)
+            run.record("sample", text=text)
             print(f"          sample: {text!r}")
 
     def ask() -> None:
         """Held-out questions, of a model that has seen the embedded corpus. After the last save; again if that was the end of it."""
         embedded = not c.data and (not c.mix or shares.keys() & SOURCES.keys())
-        if embedded and c.questions and not from_all(any(row["event"] == "questions" and row["step"] == step for row in read_metrics(run)))[0]:
+        if embedded and c.questions and not from_all(any(row["event"] == "questions" and row["step"] == step for row in read_metrics(folder)))[0]:
             with torch.compiler.set_stance("force_eager"):
                 right = {task: 100 * accuracy(model, tokenizer, task, c.questions) for task in ("math", "qa")}
-            record("questions", accuracy=right, questions=c.questions)
+            run.record("questions", accuracy=right, questions=c.questions)
 
-    # A signal asks all ranks to stop after the same step. A second one ends the process at once, but not under torchrun, which
-    # passes on what the terminal has already sent to all.
-    stopped_by: list[int] = []
-    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-
-    def stop_soon(number: int, _) -> None:
-        stopped_by.append(number)
-        if not under_torchrun:
-            signal.signal(number, signal.SIG_DFL)
-
-    handlers = {number: signal.signal(number, stop_soon) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    stop = False
     skipped_in_a_row = 0
-    try:
+    with run:
         if c.init and step == 0 and val:  # what there was before
             evaluate()
         first_step, start = step, time.perf_counter()
         then = start
-        while step < steps and not stop:
+        while step < steps and not run.stop:
             # ---- 1. the learning rate
             lr = lr_at((step + 1) * tokens_per_step, c)
             for parameters in optimizer.param_groups:
@@ -914,25 +968,18 @@ def train(c: Config, origin: dict[str, str]) -> Path:
                 ((ce_sum + z_sum) / n).backward()
                 ce, z = ce + ce_sum.detach(), z + z_sum.detach()
             # ---- 3. clip and step, unless the gradient is not to be trusted
-            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-            grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
-            torch.nn.utils.clip_grads_with_norm_(model.parameters(), c.clip, grad_norm)
-            # What one rank knows, all must know at the same step: a signal, or that its last state could not be written.
-            news = torch.tensor((len(stopped_by), saver.failed), device=device)
-            loss, z, stop, failed = all_sum(torch.stack((ce / n, z / n, *news))).tolist()
-            grad_norm = grad_norm.item()
-            if failed:
-                saver.wait()
+            grad_norm = clip_gradients(model, c.clip)
+            loss, z = run.share(ce / n, z / n)
             take = skip_step(loss, grad_norm)
             if take:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             # ---- 4. log
-            step += 1
-            now = time.perf_counter()
+            run.step, run.tokens = run.step + 1, run.tokens + tokens_per_step
+            step, now = run.step, time.perf_counter()
             speed = tokens_per_step / (now - then)
             mfu = speed * flops / peak if peak else None
-            record("step", loss=loss, z_loss=z, lr=lr, grad_norm=grad_norm, skipped=not take, tokens_per_s=round(speed, 1),
+            run.record("step", loss=loss, z_loss=z, lr=lr, grad_norm=grad_norm, skipped=not take, tokens_per_s=round(speed, 1),
                    mfu=mfu, seconds=round(now - start, 3))
             then = now
             if step % c.log_every == 0 or step == steps or not take:
@@ -944,39 +991,25 @@ def train(c: Config, origin: dict[str, str]) -> Path:
             if skipped_in_a_row == 20:
                 raise UserError(f"20 steps in a row were skipped, up to step {step} (loss {loss}, gradient norm {grad_norm}; instances "
                                 f"{data.positions(step - 1, c.batch, c.seed, c.first_epoch)[:4].tolist()}…): lower --lr, lengthen --warmup, or look at "
-                                f"the data; the newest state is {next((s.name for s in list_states(run)), 'none')}", everywhere=True)
+                                f"the data; the newest state is {next((s.name for s in list_states(folder)), 'none')}", everywhere=True)
             # ---- 5. evaluate, save
             if val and (step % c.eval_every == 0 or step == steps):
                 evaluate()
                 then = time.perf_counter()
-            if step % c.save_every == 0 or step == steps or stop:
-                save(wait=step == steps or stop)
+            if step % c.save_every == 0 or step == steps or run.stop:
+                run.save(tensors_of(model, optimizer), wait=step == steps or run.stop, skip_history=list(skip_step.history))
                 then = time.perf_counter()
-        if not stop:
+        if not run.stop:
             ask()
-    finally:
-        saver.thread.shutdown()
-        metrics.close()
-        if wandb:
-            wandb.finish()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     if device.type == "cuda":
         print(f"memory    {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most on {device}")
     if rank == 0:
-        plot(run)
-    if stop:
-        number = next(numbers[0] for numbers in from_all(stopped_by) if numbers)
-        if rank == 0:
-            reason = f"stopped by {signal.Signals(number).name} at step {step}, saved; the same command goes on from there"
-            write_json(run / "run.json", {**read_json(run / "run.json"), "stopped": reason})
-            print(reason, file=sys.stderr)
-        # torchrun takes any status but 0 for a failure, and would start all over
-        sys.exit(0 if under_torchrun else 128 + number)
-    if not list((run / "hf").glob("*.safetensors")):  # someone removed them, and the run was finished
-        export(run, newest_state(run), tensors_of(model, optimizer)["model"], model.config, tokenizer)
-    finish(c, run, first_step >= steps)
-    return run
+        plot(folder)
+    run.leave_if_stopped()
+    if not list((folder / "hf").glob("*.safetensors")):  # someone removed them, and the run was finished
+        export(folder, newest_state(folder), tensors_of(model, optimizer)["model"], model.config, tokenizer)
+    finish(c, folder, first_step >= steps)
+    return folder
 
 
 def finish(c: Config, run: Path, was_done: bool) -> None:
@@ -1218,9 +1251,14 @@ def run_training(c: Config, origin: dict[str, str]) -> None:
         try:
             train(c, origin)
         except RuntimeError as error:
-            if rank_and_world()[1] > 1 and any(word in str(error) for word in ("gloo", "NCCL", "TCPStore")):  # not a bug of ours
-                sys.exit(f"rank {distributed.get_rank()} lost the others, one of them has ended or hangs: {str(error).strip().splitlines()[0]}")
+            lost_rank(error)
             raise
+
+
+def lost_rank(error: RuntimeError) -> None:
+    """End this process with a line, if the error means that another one is gone."""
+    if rank_and_world()[1] > 1 and any(word in str(error) for word in ("gloo", "NCCL", "TCPStore")):  # not a bug of ours
+        sys.exit(f"rank {distributed.get_rank()} lost the others, one of them has ended or hangs: {str(error).strip().splitlines()[0]}")
 
 
 def leave_ranks() -> None:

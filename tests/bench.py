@@ -1,13 +1,18 @@
-"""Time and memory of a training step, or of scoring request files, against transformers' Olmo2ForCausalLM: the same shape, alternating, each in a fresh process.
+"""Time and memory of a training step, or of scoring request files, against transformers' Olmo2ForCausalLM, and of DPO and GRPO steps against trl.
+
+The same shape, alternating, each in a fresh process:
 
     python tests/bench.py              # the laptop's shape
     python tests/bench.py --large      # D 384, 6 layers, vocabulary 100,352, T 512, batch 4
     python tests/bench.py --plan       # pretrain.py --plan against the published speeds
+    python tests/bench.py --post dpo   # or grpo: posttrain.py's steps against those of trl's trainers
     python tests/bench.py --olmes requests.jsonl.gz ... --tokenizer olmo2      # eval.py's log-likelihoods, and how far they are apart
 
 Prints, for each round, seconds per step (the median) and the process's peak memory, and at the end the ratios. Both use
 fp32, AdamW with the same groups of weights, and clipping. transformers' loss has no z-loss, which favours it a little. Request files:
-the time and peak memory of all their requests, which transformers scores one by one, with the logits of the continuation alone.
+the time and peak memory of all their requests, which transformers scores one by one, with the logits of the continuation alone. DPO:
+32 pairs a step, both with the reference's log-probabilities computed beforehand. GRPO: a step is 16 prompts x 8 answers of at most 48 tokens (random weights
+hardly ever end one; give a trained --model) and two optimizer steps; the same verifier. The laptop's shape; trl on transformers' model and generation.
 """
 import argparse
 import json
@@ -87,6 +92,60 @@ def score(side: str, paths: list[str], name: str, questions: int) -> dict:
             "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
 
+def post(side: str, stage: str, model: str, steps: int = 12) -> dict:
+    """Seconds per step of posttrain.py's dpo or grpo, or of trl's trainer, from the same weights: random ones, or a run's."""
+    import os
+
+    import torch
+
+    import posttrain
+    from data import get_tokenizer, rlvr_rows
+    from model import SIZES, OLMo2
+    with tempfile.TemporaryDirectory() as folder:
+        base, tokenizer = str(Path(model).resolve()) if model else "base", get_tokenizer("laptop")
+        os.chdir(folder)
+        if not model:
+            OLMo2(SIZES["tiny"]).save(base)
+            tokenizer.save(base)
+        rows = list(rlvr_rows("ifeval", "train", 32 * steps))
+        said = lambda text: [{"role": "assistant", "content": text}]
+        if side == "ours":
+            flags = ["--init", base, "--out", "run", "--steps", str(steps), "--data", "rows.jsonl", "--log-every", "1000"]
+            if stage == "dpo":
+                rows = [{"chosen": row["messages"] + said(row["careful"]), "rejected": row["messages"] + said(row["hasty"])} for row in rows]
+            Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            posttrain.main([stage, *flags])
+            seconds = [row["seconds"] for row in posttrain.read_metrics(Path("run")) if row["event"] == "step"]
+        else:
+            from datasets import Dataset
+            from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+            from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
+            load = lambda: AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+            common = dict(output_dir="out", use_cpu=True, bf16=False, report_to=[], save_strategy="no", logging_steps=1000, disable_tqdm=True, gradient_accumulation_steps=1)
+            if stage == "dpo":
+                data = Dataset.from_list([{"prompt": row["messages"], "chosen": said(row["careful"]), "rejected": said(row["hasty"])} for row in rows])
+                trainer = DPOTrainer(load(), load(), DPOConfig(**common, max_steps=steps, per_device_train_batch_size=32, max_length=128, loss_type=["sigmoid_norm"], beta=5.0,
+                                                               learning_rate=2e-4, precompute_ref_log_probs=True), train_dataset=data, processing_class=AutoTokenizer.from_pretrained(base))
+            else:
+                data = Dataset.from_list([{"prompt": row["messages"], "label": row["ground_truth"]} for row in rows])
+                verify = lambda completions, label, **_: [10.0 * posttrain.VERIFIERS["ifeval"](c[0]["content"], one) for c, one in zip(completions, label)]
+                trainer = GRPOTrainer(load(), reward_funcs=verify, train_dataset=data, processing_class=AutoTokenizer.from_pretrained(base),
+                                      args=GRPOConfig(**common, max_steps=2 * steps, per_device_train_batch_size=64, steps_per_generation=2, num_generations=8, max_completion_length=48,
+                                                      beta=0.01, learning_rate=5e-4))
+
+            class Clock(TrainerCallback):
+                seconds = []
+
+                def on_step_end(self, *_, **__):
+                    self.seconds.append(time.perf_counter())
+
+            trainer.add_callback(Clock())
+            trainer.train()
+            seconds = Clock.seconds[:: 2 if stage == "grpo" else 1]
+        os.chdir("/")
+    return {"side": side, "seconds": statistics.median(b - a for a, b in zip(seconds[2:], seconds[3:])), "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
 def plan_against_published() -> None:
     """What the published speeds say of the plan's two constants, and how far off the plan is. Layouts: the recipes'."""
     import pretrain
@@ -101,6 +160,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--large", action="store_true")
     parser.add_argument("--plan", action="store_true")
+    parser.add_argument("--post", choices=("dpo", "grpo"))
+    parser.add_argument("--model", default="", help="of --post: a Hugging Face directory made with the laptop's tokenizer, as runs/tiny/dpo/hf; none: random weights")
     parser.add_argument("--olmes", nargs="+", default=[], metavar="FILE")
     parser.add_argument("--tokenizer", default="laptop", help="of --olmes: laptop or olmo2")
     parser.add_argument("--questions", type=int, default=0, help="of --olmes: the first ones of each file; 0: all")
@@ -111,18 +172,19 @@ if __name__ == "__main__":
         plan_against_published()
         sys.exit()
     if options.side:
-        print(json.dumps(score(options.side, options.olmes, options.tokenizer, options.questions) if options.olmes else
+        print(json.dumps(post(options.side, options.post, options.model) if options.post else
+                         score(options.side, options.olmes, options.tokenizer, options.questions) if options.olmes else
                          measure(options.side, options.large, 8 if options.large else 60)))
         sys.exit()
-    rounds = []
+    rounds, peer = [], "trl" if options.post else "transformers"
     for number in range(options.rounds):
         command = [sys.executable, __file__, *sys.argv[1:], "--side"]
         rounds.append([json.loads(subprocess.run([*command, side], capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-                       for side in ("ours", "transformers")])
+                       for side in ("ours", peer)])
         if options.olmes:
             pairs = list(zip(*(r.pop("values") for r in rounds[-1])))
             print(f"{len(pairs):,} requests, largest difference {max(abs(ours - theirs) for ours, theirs in pairs):.1e}")
         print(f"round {number + 1}: " + ", ".join(f"{r['side']} {r['seconds']:.3f} s {r['peak_mb']:,.0f} MB" for r in rounds[-1]), flush=True)
     for key, words in (("seconds", "time" if options.olmes else "time per step"), ("peak_mb", "peak memory")):
         ratios = [ours[key] / theirs[key] for ours, theirs in rounds]
-        print(f"{words}, ours / transformers: median {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        print(f"{words}, ours / {peer}: median {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")

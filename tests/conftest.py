@@ -10,6 +10,7 @@ SHARED = ROOT.parent / "shared" / "data"  # real inputs kept beside a checkout; 
 sys.path.insert(0, str(ROOT))
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: a thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test downloads; asked for what is not here, the libraries would try for half a minute
 if (SHARED / "tiktoken").is_dir():
     os.environ["TIKTOKEN_CACHE_DIR"] = str(SHARED / "tiktoken")
 

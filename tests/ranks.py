@@ -59,6 +59,8 @@ def worker(rank: int, world: int, port: int, arguments: list[str], fault: str, l
     sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
     torch.set_num_threads(1)
     pretrain.plot = lambda run: None  # another second; the curves are no matter of ranks
+    if script == "posttrain":
+        importlib.import_module(script).plot = pretrain.plot
     if fault:
         globals()[fault](rank)
     model.run_cli(lambda: importlib.import_module(script).main(arguments))
@@ -87,6 +89,25 @@ def mean_of_means(rank: int) -> None:
     pretrain.all_sum = lambda values: values * int(os.environ["WORLD_SIZE"]) if values.ndim == 0 and not values.is_floating_point() else real(values)
 
 
+def recorded_rollouts(rank: int) -> None:
+    """posttrain.py gets the same answers at any world size, whatever a last bit does to sampling."""
+    import numpy as np
+    import posttrain
+
+    def answers(model, tokenizer, prompts, seeds, temperature, max_new_tokens, name=""):
+        made = []
+        for prompt, seed in zip(prompts, seeds):
+            draw = np.random.default_rng(seed)
+            ids = [*draw.integers(0, 900, draw.integers(1, max_new_tokens)).tolist(), tokenizer.eos]
+            tokens, targets = np.array(prompt.tokens + ids), np.full(len(prompt.tokens) + len(ids), -100)
+            targets[len(prompt.tokens) - 1 : -1] = ids
+            log_probs = torch.where(torch.tensor(targets) != -100, -2.0 * torch.tensor(draw.random(len(targets))), 0.0).float()
+            made.append(posttrain.Answer(posttrain.Example(tokens, targets), log_probs, tokenizer.decode(ids[:-1]), True, bool(draw.random() < 0.5)))
+        return made
+
+    posttrain.answers = answers
+
+
 def bf16(rank: int) -> None:
     """Compute as on CUDA."""
     real = pretrain.prepare
@@ -97,9 +118,9 @@ def show_moments(rank: int) -> None:
     """Print the checksum of the optimizer's moments as loaded."""
     real = pretrain.load_state
 
-    def load_state(folder, model_, optimizer):
-        state = real(folder, model_, optimizer)
-        print("moments", model.checksum(pretrain.tensors_of(model_, optimizer)["optim"]))
+    def load_state(folder, config, tensors):
+        state = real(folder, config, tensors)
+        print("moments", model.checksum(tensors["optim"]))
         return state
 
     pretrain.load_state = load_state

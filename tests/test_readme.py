@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
-ORDER = ["model", "data", "eval", "pretrain", "anneal", "soup", "sample"]  # each imports from those before it only
+ORDER = ["model", "data", "eval", "pretrain", "anneal", "soup", "posttrain", "sample"]  # each imports from those before it only
 
 
 def test_line_counts():
