@@ -333,13 +333,15 @@ class OLMo2(nn.Module):
             self.init_weights(seed)
 
     @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """Truncated normals, cut at three standard deviations; norms start at 1 (paper section 3.2).
+    def init_weights(self, seed: int, names: tuple[str, ...] = ()) -> None:
+        """Truncated normals, cut at three standard deviations; norms start at 1 (paper section 3.2). `names`: of these alone.
 
         Each parameter has a stream of random numbers of its own, seeded by its name, and element i takes the i-th: the same
         weights on any device, at any world size and sharding, and a rank draws no more than its own part.
         """
         for name, parameter in self.named_parameters():
+            if names and name not in names:
+                continue
             part, start = local_part(parameter)
             if parameter.ndim == 1:
                 part.fill_(1.0)
@@ -396,7 +398,7 @@ class OLMo2(nn.Module):
 
     def scores(self, tokens: Tensor) -> Tensor:
         """[B, T] in fp32, of a model with `head="score"`: what the text up to each token is worth."""
-        return self.score(self.model(tokens)).float()[..., 0]
+        return (self.model(tokens).float() @ self.score.weight.float().T)[..., 0]
 
     # ---- generation
 

@@ -11,7 +11,7 @@ What these stages teach: a base model continues text; SFT makes it answer in a c
 is shown, good or bad. DPO raises the better of two answers above the other. RLVR lets the model try and rewards what a program
 finds right. The objectives come first, as functions of tensors; then the data; then the loops, written out one by one.
 
-Each stage is a run as in stage 1, runs/<size>/sft and so on, with run.json, metrics.jsonl, curves.png, training states and hf/.
+Each stage that trains is a run as in stage 1, runs/<size>/sft and so on, with run.json, metrics.jsonl, curves.png, training states and hf/.
 Sources: paper section 5; facts of open-instruct are given as file names of it.
 Shapes: B rows (conversations), T tokens; position t of a row of targets holds token t + 1, as in `OLMo2.loss`.
 """
@@ -25,6 +25,7 @@ import json
 import math
 import os
 import random
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -39,13 +40,12 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from anneal import LAPTOP_MIX
-from data import TokenData, Tokenizer, embedded_corpus, get_tokenizer, instruct_rows, make_targets, mix_files, mix_sources, rlvr_rows, token_files
-from eval import (bits_per_byte_by_source, by_source, ifeval_check, is_right, json_lines, print_table, rlvr_constraint, verify_gsm8k, verify_ifeval,
-                  verify_math)
-from model import (OLMo2, UserError, best_device, checksum, find_weights, from_all, keep_freed_memory, load_tensors, rank_and_world, read_config, run_cli, together,
+from data import TokenData, Tokenizer, embedded_corpus, get_tokenizer, instruct_rows, mix_files, mix_sources, rlvr_rows, token_files
+from eval import bits_per_byte_by_source, by_source, is_right, json_lines, print_table, rlvr_constraint, verify_gsm8k, verify_ifeval, verify_math
+from model import (OLMo2, UserError, best_device, checksum, find_weights, from_all, load_tensors, rank_and_world, read_config, run_cli, together,
                    write_json)
-from pretrain import (Count, Run, all_sum, clip_gradients, export, format_seconds, leave_ranks, lost_rank, load_state, make_mesh, make_optimizer, newest_state,
-                      one_voice, open_run, parse, prepare, read_metrics, self_check, size_of, sole_writer, start_ranks, tensors_of)
+from pretrain import (Count, Run, all_sum, clip_gradients, enter_run, export, format_seconds, leave_ranks, load_state, lost_rank, make_mesh, make_optimizer, newest_state,
+                      one_voice, parse, prepare, read_metrics, self_check, shard_size, size_of, sole_writer, start_machine, tensors_of)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Objectives. A mask is 1.0 where a token counts. The loss of a step is a sum over all rows of the step, on all ranks, divided by what
@@ -219,14 +219,15 @@ class Common:
     """What all stages have."""
     size: str = "tiny"  # tiny, 14M, 30M, 60M, 190M, 370M, 760M, 1B, 7B, 13B, 32B
     init: str = ""  # the model to start from: a run, checkpoint or Hugging Face directory; none: what the stage before left in runs/<size>
-    data: tuple[str, ...] = ()  # .jsonl, .jsonl.gz, .parquet files or names of data sets on the Hub; none: the recipe's, the laptop's are embedded
+    data: tuple[str, ...] = ()  # .jsonl, .jsonl.gz, .parquet files, names of data sets on the Hub, or embedded/{instruct,sums,constraints}
     val: tuple[str, ...] = ()  # held-out rows, likewise
+    quiz: tuple[str, ...] = ()  # held-out prompts to answer on the way, each with its verifier: rows as for grpo
     out: str = ""  # the run's folder; none: runs/<size>/<stage>
     seed: Count = 1  # of the order of the rows and of sampling
-    lr: float = 0.0  # peak learning rate
+    lr: float = 1e-6  # peak learning rate
     schedule: str = "linear"  # linear (to 0 at the end), constant
     warmup: float = 0.0  # share of the steps in which the rate rises from 0
-    steps: Count = 0  # length of the run; 0: all epochs
+    steps: Count = 0  # length of the run; 0: once through the data, or --epochs times
     share: float = 1.0  # of these steps: 0.05 for a quick look
     micro_batch: Count = 2  # at most so many rows per forward and backward of a process; fewer take less memory
     clip: float = 1.0  # largest global L2 norm of the gradient
@@ -234,11 +235,12 @@ class Common:
     beta2: float = 0.999  # AdamW
     eps: float = 1e-8  # AdamW
     weight_decay: float = 0.0  # AdamW
+    response_length: Count = 2048  # tokens of an answer at most, where the model writes
     # ---- on the way
     save_every: Count = 500  # steps between training states; the last step is always saved
     keep: Count = 1  # newest states to keep; 0: all
     eval_every: Count = 100  # steps between measurements on held-out rows
-    questions: Count = 200  # held-out rows of each
+    questions: Count = 200  # held-out rows of each file that take part
     log_every: Count = 10  # steps between lines on the terminal
     wandb: str = ""  # Weights & Biases project; none: nothing is sent
     # ---- machines: see pretrain.py
@@ -261,7 +263,7 @@ class SFT(Common):
     max_length: Count = 4096  # tokens of a conversation; what is longer loses its end
     drop: bool = False  # leave out rows in which that leaves no answer (finetune.py does), instead of naming them
     bos: bool = True  # conversations begin with <|endoftext|>; the released 32B's do not
-    replay: float = 0.0  # ours, of the embedded data: share of the rows that are stage-2 text, all of it trained on: a tiny model forgets fast
+    replay: float = 0.0  # ours: share of the rows that are text of the laptop's stage 2, all of it trained on; a tiny model forgets fast
 
 
 @dataclass(frozen=True)
@@ -287,15 +289,9 @@ class Sampling(Common):
     prompts: Count = 48  # prompts per step, over all processes
     samples: Count = 16  # answers per prompt
     temperature: float = 1.0
-    response_length: Count = 2048  # tokens of an answer at most
     prompt_length: Count = 2048  # longer prompts are left out
     reward: float = 10.0  # of a right answer
     shots: Count = 8  # rows {question, answer}, GSM8K's own layout, get the first so many of their file as examples
-
-    @property
-    def batch(self) -> int:
-        """Rows per optimizer step."""
-        return self.prompts * self.samples // getattr(self, "minibatches", 1)
 
 
 @dataclass(frozen=True)
@@ -333,43 +329,48 @@ class GRPO(Sampling):
     clip_range: float = 0.2
     normalize: bool = True  # advantages in standard deviations of their group
     denominator: str = "token"  # token, constant, sequence: see token_weights
-    no_eos: float = 0.0
+    no_eos: float = 0.0  # reward, instead of any other, of an answer that does not end
 
 
 STAGES: dict[str, type[Common]] = {"sft": SFT, "prefs": Prefs, "rm": RM, "dpo": DPO, "ppo": PPO, "grpo": GRPO}
 
 # Published values: open-instruct docs/olmo2.md (1B) and scripts/train/olmo2/*.sh (7B, 13B), paper Tables 17, 18 and 26, the 32B's card.
-# Where they disagree: the 13B's SFT batch is 64 in its script and 128 in the paper; the 7B's PPO beta 0.05 in Table 18 and 0.07 in the
-# text; the 32B's GRPO beta 0.01 on its card and 0.1 in the text. SFT warm-up: 0.03 in every script (a caption says 0.3).
+# Where they disagree: the 13B's SFT batch is 64 in its script and 128 in the paper; the 7B's PPO beta 0.05 in Table 18 and 0.07 in
+# the text; the 32B's GRPO beta 0.01 on its card and 0.1 in the text. SFT warm-up: 0.03 in every script (a caption says 0.3).
+# Micro-batches, recomputation and how often to save are ours.
 MIX, GSM, MATH = "allenai/RLVR-GSM-MATH-IF-Mixed-Constraints", "allenai/RLVR-GSM", "allenai/RLVR-MATH"
-SFT_MIX = ("allenai/tulu-3-sft-olmo-2-mixture-0225",)
+TULU, TULU_0225 = "allenai/tulu-3-sft-olmo-2-mixture", "allenai/tulu-3-sft-olmo-2-mixture-0225"
+PAIRS = {"1B": "0425-1b", "7B": "1124-7b", "13B": "1124-13b", "32B": "0325-32b"}  # from some 20 models, judged by GPT-4o (paper Table 27)
+THRIFTY = dict(micro_batch=1, recompute=1.0)
 RECIPES: dict[str, dict[str, dict]] = {
-    "sft": {"1B": dict(lr=3e-5, batch=128, warmup=0.03, data=SFT_MIX), "7B": dict(lr=2e-5, batch=128, warmup=0.03, data=("allenai/tulu-3-sft-olmo-2-mixture",)),
-            "13B": dict(lr=5e-6, batch=128, warmup=0.03, data=("allenai/tulu-3-sft-olmo-2-mixture",)),
-            "32B": dict(lr=4e-6, batch=256, warmup=0.03, data=SFT_MIX, bos=False)},
-    # The released preference mixes come from some 20 models and a judge of GPT-4o (paper Table 27); prefs makes pairs of one's own.
-    "prefs": {size: dict(data=(MIX,)) for size in ("1B", "7B", "13B", "32B")},
-    "rm": {size: dict(lr=3e-6, eps=1e-5, data=(f"allenai/olmo-2-1124-{size.lower()}-preference-mix",)) for size in ("7B", "13B")},
-    "dpo": {"1B": dict(lr=2.5e-6, warmup=0.1, seed=111, data=("allenai/olmo-2-0425-1b-preference-mix",)),
-            "7B": dict(lr=1e-6, warmup=0.1, data=("allenai/olmo-2-1124-7b-preference-mix",)),
-            "13B": dict(lr=8e-7, warmup=0.1, seed=8, data=("allenai/olmo-2-1124-13b-preference-mix",)),
-            "32B": dict(lr=2e-6, warmup=0.1, data=("allenai/olmo-2-0325-32b-preference-mix",))},
-    "ppo": {"7B": dict(lr=4e-7, prompts=224, steps=100_000 // 224, beta=0.05, data=(MIX,)),
-            "13B": dict(lr=3e-7, prompts=248, steps=200_000 // 248, beta=0.1, data=(MIX,))},
-    "grpo": {"1B": dict(lr=5e-7, schedule="constant", prompts=48, samples=16, steps=2_000_000 // 768, data=(MIX,)),
-             "32B": dict(lr=5e-7, schedule="constant", prompts=112, samples=16, steps=320, data=(MIX,))},  # of 10M episodes planned, step 320 was released
+    "sft": {"1B": dict(lr=3e-5, batch=128, data=(TULU_0225,)), "7B": dict(THRIFTY, lr=2e-5, batch=128, data=(TULU,)),
+            "13B": dict(THRIFTY, lr=5e-6, batch=128, data=(TULU,)), "32B": dict(THRIFTY, lr=4e-6, batch=256, data=(TULU_0225,), bos=False)},
+    "prefs": {size: dict(data=(MIX,)) for size in PAIRS},
+    "rm": {size: dict(THRIFTY, lr=3e-6, eps=1e-5) for size in ("7B", "13B")},
+    "dpo": {"1B": dict(lr=2.5e-6, seed=111), "7B": dict(THRIFTY, lr=1e-6), "13B": dict(THRIFTY, lr=8e-7, seed=8), "32B": dict(THRIFTY, lr=2e-6)},
+    "ppo": {"7B": dict(THRIFTY, lr=4e-7, prompts=224, steps=100_000 // 224, data=(MIX,)),
+            "13B": dict(THRIFTY, lr=3e-7, prompts=248, steps=200_000 // 248, beta=0.1, data=(MIX,))},
+    "grpo": {"1B": dict(lr=5e-7, prompts=48, steps=2_000_000 // 768, data=(MIX,)),
+             "32B": dict(THRIFTY, lr=5e-7, prompts=112, steps=320, data=(MIX,))},  # of 10M episodes planned, step 320 was released
 }
-# Rounds after the first. The 13B's began at step 480 of the first and, as it seems, at step 180 of the second; the value model is new in each.
+for size in PAIRS:
+    RECIPES["sft"][size] |= dict(warmup=0.03, drop=True)
+    RECIPES["dpo"][size] |= dict(warmup=0.1, drop=True, data=(f"allenai/olmo-2-{PAIRS[size]}-preference-mix",))
+    for stage, more in {"rm": dict(drop=True, data=RECIPES["dpo"][size]["data"]), "ppo": dict(save_every=20, keep=0), "grpo": dict(save_every=20, keep=0, schedule="constant")}.items():
+        if size in RECIPES[stage]:
+            RECIPES[stage][size] |= more
+# Rounds after the first. The 13B's began at step 480 of the first and, as it seems, at step 180 of the second, each with a new value model.
 ROUNDS = {("grpo", "1B"): [dict(data=(MATH,))], ("ppo", "13B"): [dict(data=(GSM,), beta=0.03), dict(data=(MATH,), beta=0.1)]}
 # Ours, for a laptop: see the README.
-EMBEDDED_ROWS = {"sft": 16_000, "prefs": 1024, "rl": 4000}
-LAPTOP = dict(micro_batch=16, log_every=10)
-RECIPES["sft"]["tiny"] = dict(LAPTOP, lr=2e-3, warmup=0.03, batch=16, epochs=1, max_length=128, replay=0.1, eval_every=400, log_every=100)
-RECIPES["prefs"]["tiny"] = dict(LAPTOP, prompts=256, response_length=48, prompt_length=80, steps=4)
-RECIPES["rm"]["tiny"] = dict(LAPTOP, lr=5e-4, batch=32, max_length=128, eval_every=20)
-RECIPES["dpo"]["tiny"] = dict(LAPTOP, lr=2e-4, warmup=0.1, batch=32, max_length=128, eval_every=20)
-RECIPES["grpo"]["tiny"] = dict(LAPTOP, lr=3e-4, prompts=16, samples=8, steps=40, response_length=48, prompt_length=80, eval_every=20)
-RECIPES["ppo"]["tiny"] = dict(LAPTOP, lr=3e-4, value_lr=2e-3, prompts=128, steps=30, response_length=48, prompt_length=80, eval_every=30)
+LAPTOP = dict(quiz=("embedded/sums", "embedded/constraints"), response_length=48)
+RECIPES["sft"]["tiny"] = dict(LAPTOP, lr=2e-3, warmup=0.03, batch=16, micro_batch=16, epochs=1, max_length=128, replay=0.1, eval_every=400, log_every=100,
+                              data=("embedded/instruct",), val=("embedded/instruct",))
+RECIPES["prefs"]["tiny"] = dict(LAPTOP, prompts=256, prompt_length=80, steps=4, questions=400, data=("embedded/constraints",), val=("embedded/constraints",))
+RECIPES["rm"]["tiny"] = dict(LAPTOP, lr=5e-4, batch=32, micro_batch=16, max_length=128, questions=400, quiz=())
+RECIPES["dpo"]["tiny"] = dict(LAPTOP, lr=2e-4, warmup=0.1, batch=32, micro_batch=16, max_length=128, questions=400)
+RL = dict(LAPTOP, lr=3e-4, micro_batch=16, prompt_length=80, eval_every=20, data=("embedded/sums", "embedded/constraints"))
+RECIPES["grpo"]["tiny"] = dict(RL, prompts=16, samples=8, steps=40)
+RECIPES["ppo"]["tiny"] = dict(RL, prompts=128, steps=30, value_lr=2e-3)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data
@@ -377,9 +378,19 @@ RECIPES["ppo"]["tiny"] = dict(LAPTOP, lr=3e-4, value_lr=2e-3, prompts=128, steps
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation in tokens, and `targets`: the next token where the assistant wrote it, else -100. Both [T]."""
+    """A conversation: tokens [T], and which of them the assistant has written [T]."""
     tokens: np.ndarray
-    targets: np.ndarray
+    spoken: np.ndarray
+
+    @property
+    def targets(self) -> np.ndarray:
+        """[T]: the next token where the assistant wrote it, else -100."""
+        return np.append(np.where(self.spoken[1:], self.tokens[1:], -100), -100)
+
+    @property
+    def prompt(self) -> list[int]:
+        """What stands before the assistant's first word."""
+        return self.tokens[: int(self.spoken.argmax())].tolist()
 
 
 @dataclass(frozen=True)
@@ -393,50 +404,43 @@ class Prompt:
     exact: str = ""  # the answer word for word, where there is one
 
 
-def encode_conversations(tokenizer: Tokenizer, conversations: list[list[dict]], max_length: int) -> list[Example]:
-    """Conversations as they are trained on: targets are exactly the assistant's words and the EOS after them, in every turn.
-
-    What the assistant says is encoded apart from what stands before, as it is when a model writes it: so an answer that begins with
-    a line break does not change the header's last token, as it does when all is encoded at once (sft_tulu_tokenize_and_truncate_v1;
-    all other conversations get the same ids either way). What exceeds max_length is cut on the right.
-    """
-    examples = []
-    for i in tqdm(range(0, len(conversations), 1000), desc="encoding", leave=False, disable=rank_and_world()[0] > 0 or None):
-        pieces = [tokenizer.chat_pieces(messages) for messages in conversations[i : i + 1000]]
-        ids = iter(tokenizer.encode_batch([text for row in pieces for text in row]))
-        for row in pieces:
-            encoded = [next(ids) for _ in row]
-            tokens = np.array([token for part in encoded for token in part][:max_length], np.int64)
-            by_assistant = np.array([bool(n % 2) for n, part in enumerate(encoded) for _ in part][:max_length], bool)
-            targets = np.where(by_assistant, tokens, -100)
-            examples.append(Example(tokens, np.append(targets[1:], -100)))
-    return examples
+# The laptop's data, from seeded generators: name -> (split, rows, seed) -> rows; no held-out operands are ever trained on (data.py).
+EMBEDDED: dict[str, tuple[int, Callable[[str, int, int], Iterator[dict]]]] = {
+    "embedded/instruct": (16_000, instruct_rows), "embedded/sums": (4000, functools.partial(rlvr_rows, "gsm8k")),
+    "embedded/constraints": (4000, functools.partial(rlvr_rows, "ifeval"))}
 
 
-def read_rows(sources: tuple[str, ...]) -> list[tuple[str, dict]]:
-    """(where it stands, row) of every row of files or of data sets on the Hub. Raises UserError."""
+def read_rows(sources: tuple[str, ...], c: Common, held_out: bool = False) -> list[tuple[str, dict]]:
+    """(where it stands, row) of every row of files, of data sets on the Hub, or embedded; of held-out ones, --questions each. Raises UserError."""
     rows: list[tuple[str, dict]] = []
     for source in sources:
-        if source.endswith((".jsonl", ".jsonl.gz")):
+        if source in EMBEDDED:
+            n, make = EMBEDDED[source]
+            part = [(f"{source}, row {i}", row) for i, row in enumerate(make("val", c.questions, 0) if held_out else make("train", n, c.seed), 1)]
+        elif source.endswith((".jsonl", ".jsonl.gz")):
             if not Path(source).exists():
                 raise UserError(f"{source} does not exist")
-            rows += [(f"{source}, line {number}", row) for number, row in json_lines(Path(source))]
-            continue
-        if Path(source).exists() and not source.endswith(".parquet") or source.count("/") != 1 and not source.endswith(".parquet"):
-            raise UserError(f"{source}: expected a file .jsonl, .jsonl.gz or .parquet, or the name of a data set on the Hub, as in allenai/RLVR-GSM")
-        try:
-            import datasets
-        except ImportError:
-            raise UserError(f"{source}: reading .parquet and the Hub needs the datasets library: pip install datasets") from None
-        try:
-            if source.endswith(".parquet"):
-                table = datasets.Dataset.from_parquet(source)
-            else:
-                table = datasets.load_dataset(source, split="train")
-        except Exception as error:  # of the many libraries below
-            raise UserError(f"{source} cannot be read: {str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)}") from None
-        rows += [(f"{source}, row {number}", row) for number, row in enumerate(table, 1)]
+            part = [(f"{source}, line {number}", row) for number, row in json_lines(Path(source))]
+        else:
+            part = [(f"{source}, row {number}", row) for number, row in enumerate(read_table(source), 1)]
+        rows += part[: c.questions] if held_out else part
     return rows
+
+
+def read_table(source: str):
+    """A .parquet file, or the training split of a data set on the Hub. Raises UserError."""
+    if not source.endswith(".parquet") and (Path(source).exists() or source.count("/") != 1 or source.startswith("embedded/")):
+        near = difflib.get_close_matches(source, EMBEDDED, 1)
+        raise UserError(f"{source}: {f'did you mean {near[0]}? ' if near else ''}expected a file .jsonl, .jsonl.gz or .parquet, one of {', '.join(EMBEDDED)}, or the "
+                        "name of a data set on the Hub, as in allenai/RLVR-GSM")
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{source}: reading .parquet and the Hub needs the datasets library: pip install datasets") from None
+    try:
+        return datasets.Dataset.from_parquet(source) if source.endswith(".parquet") else datasets.load_dataset(source, split="train")
+    except Exception as error:  # of the many libraries below
+        raise UserError(f"{source} cannot be read: {(str(error).strip() or repr(error)).splitlines()[0][:200]}") from None
 
 
 def fit(rows: list[tuple[str, dict]], make: Callable[[dict], object]) -> list:
@@ -448,40 +452,60 @@ def fit(rows: list[tuple[str, dict]], make: Callable[[dict], object]) -> list:
         except UserError as error:
             problems.append(f"{where}: {error}")
     if problems:
-        raise UserError("; ".join(problems[:5]) + (f" (and {len(problems) - 5} rows more)" if len(problems) > 5 else ""))
+        raise UserError(first_five(problems))
     return made
 
 
+def first_five(problems: list[str]) -> str:
+    return "; ".join(problems[:5]) + (f" (and {len(problems) - 5:,} rows more)" if len(problems) > 5 else "")
+
+
 def conversation(row: dict, key: str) -> list[dict]:
-    """The messages under a key of a row, whose last is the assistant's. Raises UserError."""
+    """The messages under a key of a row. Raises UserError."""
     messages = row.get(key)
     if not isinstance(messages, list) or not messages:
-        raise UserError(f'expected a list of messages under "{key}", got {json.dumps(row)[:60]}')
+        raise UserError(f'expected a list of messages under "{key}", got {str(row)[:60]}')
     for i, message in enumerate(messages):
         if not (isinstance(message, dict) and message.get("role") in ("system", "user", "assistant") and isinstance(message.get("content"), str)):
             raise UserError(f'"{key}", message {i}: expected a role (system, user or assistant) and a text as content, got {str(message)[:60]}')
     return messages
 
 
-def read_examples(sources: tuple[str, ...], rows: list[tuple[str, dict]], keys: tuple[str, ...], tokenizer: Tokenizer, max_length: int,
-                  drop: bool) -> list[tuple[Example, ...]]:
+def encode_conversations(tokenizer: Tokenizer, conversations: list[list[dict]], max_length: int) -> list[Example]:
+    """Conversations as they are trained on: spoken are exactly the assistant's words and the EOS after them, in every turn.
+
+    What the assistant says is encoded apart from what stands before, as it is when a model writes it: so an answer that begins with
+    a line break does not change the header's last token, as it does when all is encoded at once (sft_tulu_tokenize_and_truncate_v1;
+    all other conversations get the same ids either way). What exceeds max_length is cut on the right.
+    """
+    examples = []
+    for i in tqdm(range(0, len(conversations), 1000), desc="encoding", leave=False, disable=rank_and_world()[0] > 0 or None):
+        pieces = [tokenizer.chat_pieces(messages) for messages in conversations[i : i + 1000]]
+        ids = iter(tokenizer.encode_batch([text for row in pieces for text in row]))
+        for row in pieces:
+            encoded = [next(ids) for _ in row]
+            examples.append(Example(np.array([token for part in encoded for token in part][:max_length], np.int32),
+                                    np.array([bool(n % 2) for n, part in enumerate(encoded) for _ in part][:max_length], bool)))
+    return examples
+
+
+def read_examples(sources: tuple[str, ...], c: SFT | RM, keys: tuple[str, ...], tokenizer: Tokenizer, held_out: bool = False) -> list[tuple[Example, ...]]:
     """Per row the conversations under `keys`, encoded: ("messages",), or ("chosen", "rejected").
 
-    Raises UserError naming the rows that do not fit, and, without `drop`, those in which nothing that the assistant says is left.
+    Raises UserError naming the rows that do not fit, and, without --drop, those in which nothing that the assistant says is left.
     """
-    rows = rows or read_rows(sources)
+    rows = read_rows(sources, c, held_out)
     conversations = fit(rows, lambda row: [conversation(row, key) for key in keys])
-    flat = encode_conversations(tokenizer, [messages for row in conversations for messages in row], max_length)
+    flat = encode_conversations(tokenizer, [messages for row in conversations for messages in row], c.max_length)
     examples = [tuple(flat[i : i + len(keys)]) for i in range(0, len(flat), len(keys))]
-    empty = [(where, not any(m["role"] == "assistant" for messages in row for m in messages)) for (where, _), row, each in zip(rows, conversations, examples)
-             if any((example.targets == -100).all() for example in each)]
-    if empty and not drop:
-        raise UserError("; ".join(f"{where}: {'no assistant speaks in it' if silent else f'no word of the assistant is left in the first {max_length} tokens'}"
-                                  for where, silent in empty[:5]) + (f" (and {len(empty) - 5} rows more)" if len(empty) > 5 else "")
-                        + ": remove such rows, lengthen --max-length, or leave them out with --drop")
+    silent = lambda row: not all(any(message["role"] == "assistant" for message in messages) for messages in row)
+    empty = [f"{where}: {'no assistant speaks in it' if silent(row) else f'no word of the assistant is left in the first {c.max_length} tokens'}"
+             for (where, _), row, each in zip(rows, conversations, examples) if not all(example.spoken[1:].any() for example in each)]
+    if empty and not (c.drop or held_out):
+        raise UserError(f"{first_five(empty)}: remove such rows, lengthen --max-length, or leave them out with --drop")
     if empty:
-        print(f"          {len(empty):,} of {len(rows):,} rows have nothing to learn from in {max_length} tokens and are left out")
-    return [each for each in examples if all((example.targets != -100).any() for example in each)]
+        print(f"          {len(empty):,} of {len(rows):,} rows have nothing to learn from in {c.max_length} tokens and are left out")
+    return [each for each in examples if all(example.spoken[1:].any() for example in each)]
 
 
 # The verifiers of eval.py by the names in the rows' `dataset`: (answer, label) -> is it right?
@@ -490,14 +514,11 @@ VERIFIERS: dict[str, Callable[[str, str], bool]] = {
     "qa": functools.partial(is_right, "qa"), "instruct": functools.partial(is_right, "instruct")}
 
 
-def read_prompts(sources: tuple[str, ...], rows: list[tuple[str, dict]], tokenizer: Tokenizer, max_length: int, shots: int) -> list[Prompt]:
-    """The prompts of RLVR rows {messages, ground_truth, dataset}; a last message of the assistant is not shown to the model.
+def read_prompts(sources: tuple[str, ...], c: Common, tokenizer: Tokenizer, held_out: bool = False) -> list[Prompt]:
+    """The prompts of rows {messages, ground_truth, dataset}; a last message of the assistant is not shown to the model.
 
-    Rows of GSM8K's own layout {question, answer} become such rows: one user turn with the first `shots` rows of their file as worked
-    examples, as the release's prompts have eight (create_ground_truth_data.py); these are not asked. Raises UserError.
+    Rows of GSM8K's own layout {question, answer} become such rows: see `with_examples`. Raises UserError.
     """
-    rows = with_examples(rows or read_rows(sources), shots)
-
     def make(row: dict) -> Prompt:
         messages, label, verifier = conversation(row, "messages"), row.get("ground_truth"), str(row.get("dataset", "")).lower()
         if messages[-1]["role"] == "assistant":
@@ -509,25 +530,27 @@ def read_prompts(sources: tuple[str, ...], rows: list[tuple[str, dict]], tokeniz
             raise UserError(f'"dataset" names the verifier {verifier!r}{f", did you mean {near[0]}?" if near else ""}: there are {", ".join(VERIFIERS)}')
         if not isinstance(label, str) or not label:
             raise UserError(f'expected the right answer, a text, under "ground_truth", got {label!r}')
-        if verifier == "ifeval":
-            try:
-                ifeval_check(*rlvr_constraint(json.loads(label)))
-            except (ValueError, TypeError, AttributeError) as error:
-                raise UserError(f'"ground_truth" is no constraint: {error}') from None
+        try:  # now, not in the middle of a run: a constraint that is none, a library that is not there
+            VERIFIERS[verifier]("x" if verifier == "ifeval" else "", label)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f'"ground_truth" cannot be checked: {error}') from None
         return Prompt(messages, tokenizer.apply_chat_template(messages, add_generation_prompt=True), verifier, label, str(row.get("source") or verifier),
                       row.get("careful", "") if verifier == "ifeval" else "")
 
-    prompts = fit(rows, make)
-    short = [prompt for prompt in prompts if len(prompt.tokens) <= max_length]
-    if not short:
-        raise UserError(f"none of {len(prompts):,} prompts has at most the {max_length} tokens of --prompt-length: the shortest has {min(len(p.tokens) for p in prompts)}"
+    prompts = fit(with_examples(read_rows(sources, c, held_out), getattr(c, "shots", 0)), make)
+    longest = getattr(c, "prompt_length", 10**9)
+    short = [prompt for prompt in prompts if len(prompt.tokens) <= longest]
+    if sources and not short:
+        raise UserError(f"none of {len(prompts):,} prompts has at most the {longest} tokens of --prompt-length: the shortest has {min(len(p.tokens) for p in prompts)}"
                         if prompts else f"{', '.join(sources)}: no row")
     if len(short) < len(prompts):
-        print(f"          {len(prompts) - len(short):,} of {len(prompts):,} prompts exceed {max_length} tokens and are left out")
+        print(f"          {len(prompts) - len(short):,} of {len(prompts):,} prompts exceed {longest} tokens and are left out")
     return short
 
 
 def with_examples(rows: list[tuple[str, dict]], shots: int) -> list[tuple[str, dict]]:
+    """Rows of GSM8K's own layout as RLVR rows: one user turn with the first `shots` of their file as worked examples, as the release's
+    prompts have eight (create_ground_truth_data.py). These are not asked; all other rows stay what they are."""
     files: dict[str, list[tuple[str, dict]]] = {}
     for where, row in rows:
         files.setdefault(where.rpartition(",")[0], []).append((where, row))
@@ -548,9 +571,7 @@ def worked_answer(solution: str) -> str:
     'She sold 48/2 = 24 clips. So the answer is 24.'
     """
     steps, _, result = solution.partition("####")
-    while "<<" in steps and ">>" in steps:
-        steps = steps[: steps.index("<<")] + steps[steps.index(">>") + 2 :]
-    return f"{' '.join(steps.split())} So the answer is {result.strip()}."
+    return f"{' '.join(re.sub(r'<<[^<>]*>>', '', steps).split())} So the answer is {result.strip()}."
 
 
 def fingerprint(rows: list) -> str:
@@ -560,7 +581,7 @@ def fingerprint(rows: list) -> str:
         if isinstance(row, Prompt):
             digest.update(json.dumps([row.tokens, row.verifier, row.label]).encode())
         for example in row if isinstance(row, tuple) else ():
-            digest.update(example.tokens.tobytes() + example.targets.tobytes())
+            digest.update(example.tokens.tobytes() + example.spoken.tobytes())
     return digest.hexdigest()[:12]
 
 
@@ -584,24 +605,17 @@ def micro_batches(rows: list[tuple[Example, ...]], size: int) -> Iterator[tuple[
         targets = torch.full_like(tokens, -100)
         for row, example in enumerate(examples):
             tokens[row, : len(example.tokens)] = torch.from_numpy(example.tokens)
-            targets[row, : len(example.targets)] = torch.from_numpy(example.targets)
+            targets[row, : len(example.tokens)] = torch.from_numpy(example.targets)
         yield which, tokens, targets
 
 
-def spread(rows: list, work: Callable[[list], list]) -> list:
-    """`work` of all rows, shared out over the ranks; all get all results. The ranks have equally many, as FSDP needs it."""
-    rank, world = rank_and_world()
-    parts = from_all(work((rows + rows[:1] * (-len(rows) % world))[rank::world]))
-    return [parts[i % world][i // world] for i in range(len(rows))]
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Answers: the model writes, a program reads
+# What a model says and thinks, without gradients
 
 
 @dataclass(frozen=True)
 class Answer:
-    example: Example  # the prompt with its answer; targets: the answer's tokens
+    example: Example  # the prompt with its answer, which is what is spoken
     log_probs: Tensor  # of the targets, as they were sampled [T], 0 elsewhere
     text: str  # without EOS
     ended: bool  # by EOS, in time
@@ -609,20 +623,22 @@ class Answer:
 
 
 @contextlib.contextmanager
-def gathered(model: OLMo2):
-    """Inside, every rank has all of a sharded model's weights, in the computing dtype, and may generate at its own pace. All ranks come."""
+def inference(model: OLMo2, gather: bool = False):
+    """Forwards without gradients; with `gather`, every rank has all of a sharded model's weights meanwhile, in the computing dtype, and
+    goes at its own pace. All ranks come. No backward pass follows that would free what FSDP has gathered, so it is done here."""
     shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for module in shards:
-        module.unshard()
-        module.set_reshard_after_forward(False, recurse=False)
-    with torch.compiler.set_stance("force_eager"):  # compiling for each length of the cache would take longer than it saves
+    if gather:
+        for module in shards:
+            module.unshard()
+            module.set_reshard_after_forward(False, recurse=False)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiling for every other shape would take longer than it saves
         yield
     for module in shards:
-        module.set_reshard_after_forward(True, recurse=False)
+        module.set_reshard_after_forward(module is not model and model.reshards, recurse=False)  # as FSDP and --reshard have it
         module.reshard()
 
 
-CACHE_TOKENS = 2**15  # whose keys and values are kept at a time: 16 GiB of a 7B in bfloat16
+CACHE_BYTES = {"cuda": 2**33, "mps": 2**30, "cpu": 2**27}  # of keys and values at a time; twice as many while rows that have ended are dropped
 
 
 def answers(model: OLMo2, tokenizer: Tokenizer, prompts: list[Prompt], seeds: list[int], temperature: float, max_new_tokens: int, name: str = "") -> list[Answer]:
@@ -632,58 +648,63 @@ def answers(model: OLMo2, tokenizer: Tokenizer, prompts: list[Prompt], seeds: li
     """
     made: list[Answer | None] = [None] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
-    rows = max(1, CACHE_TOKENS // (max((len(prompt.tokens) for prompt in prompts), default=0) + max_new_tokens))
-    with gathered(model):
+    device, m = model.lm_head.weight.device.type, model.config
+    longest = max((len(prompt.tokens) for prompt in prompts), default=0) + max_new_tokens
+    rows = max(1, CACHE_BYTES[device] // (longest * 2 * m.layers * m.kv_heads * m.head_dim * (2 if device == "cuda" else 4)))
+    with inference(model, gather=True):
         for i in tqdm(range(0, len(prompts), rows), desc=name, leave=False, disable=not name or rank_and_world()[0] > 0 or None):
             which = by_length[i : i + rows]
             new, sampled = model.generate([prompts[n].tokens for n in which], max_new_tokens, temperature, eos=tokenizer.eos, seed=[seeds[n] for n in which])
             for n, ids, values in zip(which, new, sampled):
                 ended, prompt = ids[-1] == tokenizer.eos, prompts[n]
                 text = tokenizer.decode(ids[: len(ids) - ended])
-                tokens = np.array(prompt.tokens + ids, np.int64)
-                targets = np.full_like(tokens, -100)
-                targets[len(prompt.tokens) - 1 : -1] = ids
-                log_probs = torch.zeros(len(tokens)).index_copy(0, torch.arange(len(prompt.tokens) - 1, len(tokens) - 1), torch.tensor(values))
-                made[n] = Answer(Example(tokens, targets), log_probs, text, ended, VERIFIERS[prompt.verifier](text.strip(), prompt.label))
+                example = Example(np.array(prompt.tokens + ids, np.int32), np.arange(len(prompt.tokens) + len(ids)) >= len(prompt.tokens))
+                log_probs = torch.cat((torch.zeros(len(prompt.tokens) - 1), torch.tensor(values), torch.zeros(1)))
+                made[n] = Answer(example, log_probs, text, ended, VERIFIERS[prompt.verifier](text.strip(), prompt.label))
     return made
 
 
-@contextlib.contextmanager
-def inference(model: OLMo2):
-    """Forwards without gradients. No backward pass follows that would free what FSDP has gathered of the root, so it is done here."""
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        yield
-    if isinstance(model, FSDPModule):
-        model.reshard()
-
-
-def each_row(model: OLMo2, examples: list[Example], c: Common, values: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
-    """Per example its row [T] of `values(tokens, targets)` [b, T], which the model computes; without gradients, on the CPU."""
-    found: list = [None] * len(examples)
+def each_row(model: OLMo2, rows: list[tuple[Example, ...]], c: Common, values: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+    """Per row of k conversations what `values(tokens, targets)` [k b, ...], which the model computes, gives for them: [k, ...], on the CPU."""
+    found: list = [None] * len(rows)
     device = next(model.parameters()).device
     with inference(model):
-        for which, tokens, targets in micro_batches([(example,) for example in examples], 4 * c.micro_batch):
-            for n, row in zip(which, values(tokens.to(device), targets.to(device)).cpu()):
-                found[n] = row[: len(examples[n].tokens)]
+        batches = micro_batches(rows, 4 * c.micro_batch)
+        for which, tokens, targets in tqdm(batches, "scoring", -(-len(rows) // (4 * c.micro_batch)), leave=False, disable=len(rows) < 5000 or rank_and_world()[0] > 0 or None):
+            out = values(tokens.to(device), targets.to(device)).cpu()
+            for i, n in enumerate(which):
+                found[n] = out[i :: len(which)]
     return found
 
 
+def spread(rows: list, work: Callable[[list], list]) -> list:
+    """`work` of all rows, shared out over the ranks; all get all results. The ranks have equally many, as FSDP needs it."""
+    rank, world = rank_and_world()
+    parts = from_all(work((rows + rows[:1] * (-len(rows) % world))[rank::world]))
+    return [parts[i % world][i // world] for i in range(len(rows))]
+
+
+def each_pair(model: OLMo2, pairs: list[tuple[Example, ...]], c: Common, scores: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """[2, pairs]: the scores of all chosen and of all rejected conversations. All ranks share the work."""
+    return torch.tensor(spread(pairs, lambda part: [row.tolist() for row in each_row(model, part, c, scores)])).view(-1, 2).T
+
+
 def pad(rows: list[Tensor], like: Tensor) -> Tensor:
-    """Rows of several lengths as one [b, T], of the width and on the device of `like`, with zeros on the right."""
-    return torch.stack([F.pad(row, (0, like.shape[1] - len(row))) for row in rows]).to(like.device)
+    """Rows [T] of several lengths as one [b, T], of the width and on the device of `like`, with zeros on the right."""
+    return torch.stack([F.pad(row.flatten(), (0, like.shape[1] - row.numel())) for row in rows]).to(like.device)
 
 
 def quiz(model: OLMo2, tokenizer: Tokenizer, prompts: list[Prompt], max_new_tokens: int) -> dict[str, float]:
-    """Greedy answers to held-out prompts: % right by source; `exact`: % right word for word, of those where that is known; `format`: % that end
-    and look like an answer in a conversation; mean length in tokens."""
-    rank, world = rank_and_world()
-    made = sum(from_all(answers(model, tokenizer, prompts[rank::world], [0] * len(prompts), 0.0, max_new_tokens, "held-out prompts")), [])
-    asked = sum(from_all(prompts[rank::world]), [])
+    """Greedy answers to held-out prompts: % right by source; `exact`: % right word for word, where that is known; `format`: % that end
+    and look like an answer in a conversation; mean length in tokens. {} without prompts."""
+    if not prompts:
+        return {}
+    made = spread(prompts, lambda part: answers(model, tokenizer, part, [0] * len(part), 0.0, max_new_tokens, "held-out prompts"))
     share = lambda hits: 100 * float(np.mean(list(hits)))
-    columns = {f"{name} %": share(a.right for a, p in zip(made, asked) if p.source == name) for name in dict.fromkeys(p.source for p in asked)}
-    if any(p.exact for p in asked):
-        columns["exact %"] = share(a.text.strip() == p.exact for a, p in zip(made, asked) if p.exact)
-    return columns | {"format %": share(a.ended and "<|" not in a.text for a in made), "length": float(np.mean([(a.example.targets != -100).sum() for a in made]))}
+    columns = {f"{name} %": share(a.right for a, p in zip(made, prompts) if p.source == name) for name in dict.fromkeys(p.source for p in prompts)}
+    if any(p.exact for p in prompts):
+        columns["exact %"] = share(a.text.strip() == p.exact for a, p in zip(made, prompts) if p.exact)
+    return columns | {"format %": share(a.ended and "<|" not in a.text for a in made), "length": float(np.mean([a.example.spoken.sum() for a in made]))}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -692,10 +713,7 @@ def quiz(model: OLMo2, tokenizer: Tokenizer, prompts: list[Prompt], max_new_toke
 
 def start(c: Common, chat_bos: bool | None = None) -> tuple[torch.device, Tokenizer]:
     """This process' device, and the tokenizer of --init, as the instruct model's that is being made. Raises UserError."""
-    keep_freed_memory(True)
-    device = start_ranks(c)
-    if c.threads:
-        torch.set_num_threads(c.threads)
+    device = start_machine(c)
     tokenizer = copy.copy(together(lambda: get_tokenizer(find_weights(c.init)[0])))
     tokenizer.instruct = True
     if chat_bos is not None:
@@ -704,36 +722,47 @@ def start(c: Common, chat_bos: bool | None = None) -> tuple[torch.device, Tokeni
 
 
 def load_model(c: Common, path: str, device: torch.device, head: str = "lm") -> OLMo2:
-    """The model at `path`, sharded as the run's. Given head "score", that of a language model becomes a new one, of one column."""
+    """The model at `path`, sharded as the run's. Given head "score", a language model gets a new one, of one column."""
     folder, weights = together(lambda: find_weights(path))
     config = together(lambda: read_config(folder))
     if config.head == "score" and head == "lm":
         raise UserError(f"{path} holds a reward model: it gives a text a number and cannot write", everywhere=True)
+    longest = c.max_length if hasattr(c, "max_length") else c.prompt_length + c.response_length
+    if longest > config.context:
+        raise UserError(f"{path} takes {config.context:,} tokens at most: lower {'--max-length' if hasattr(c, 'max_length') else '--prompt-length and --response-length'}, "
+                        f"which {'is' if hasattr(c, 'max_length') else 'add up to'} {longest:,}", everywhere=True)
     with torch.device("meta"):
         model = OLMo2(dataclasses.replace(config, head=head))
     prepare(model, c, make_mesh(c, device), bf16=device.type == "cuda")
+    model.reshards = c.reshard  # for `inference`, which has to restore it
     model.to_empty(device=device)
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     if config.head != head:
-        model.init_weights(c.seed)
+        model.init_weights(c.seed, names=("score.weight",))
         del tensors["score.weight"]
     load_tensors(weights, tensors, leave_out=("lm_head.weight",) if config.head != head else ())
     return model
 
 
-def open_stage(c: Common, origin: dict[str, str], rows: list, tensors: dict[str, dict[str, Tensor]], config, tokenizer: Tokenizer, steps: int, unit: str) -> Run:
+def open_stage(c: Common, origin: dict[str, str], rows: list, per_step: int, steps: int, tensors: dict[str, dict[str, Tensor]], config, tokenizer: Tokenizer) -> Run:
     """Make the run's folder, or go on with its newest state, which replaces `tensors`; prints what is about to happen."""
-    rank, world = rank_and_world()
-    folder, data_hash, weights = Path(c.out), fingerprint(rows), checksum(tensors["model"])
-    together(lambda: rank or open_run(c, origin, {"hash": data_hash, "files": list(c.data), "rows": len(rows)}, weights))
-    state_folder = newest_state(folder)
+    data_hash, device = fingerprint(rows), next(iter(tensors["model"].values())).device
+    enter_run(c, origin, {"hash": data_hash, "files": list(c.data), "rows": len(rows)}, checksum(tensors["model"]))
+    state_folder = newest_state(Path(c.out))
     state = load_state(state_folder, config, tensors) if state_folder else {}
-    checked = self_check(c, data_hash, tensors["model"], next(iter(tensors["model"].values())).device)
-    print(f"run       {folder}{f', going on from {state_folder.name}' if state_folder else ''}")
-    print(f"model     {c.init}: {config.parameters['total']:,} parameters; {next(iter(tensors['model'].values())).device}, {torch.get_num_threads()} threads")
-    print(f"check     {checked}")
-    print(f"data      {data_hash}: {len(rows):,} rows; {steps:,} steps of {unit}, {steps * c.batch / len(rows):.2f} times each", flush=True)
+    checked = self_check(c, data_hash, tensors["model"], device)
+    print(f"run       {c.out}{f', going on from {state_folder.name}' if state_folder else ''}\n"
+          f"model     {c.init}: {config.parameters['total']:,} parameters; {device}, {torch.get_num_threads()} threads\n"
+          f"check     {checked}\n"
+          f"data      {' '.join(c.data)}, {data_hash}: {len(rows):,} rows; {steps:,} steps of {per_step}, which is {steps * per_step / len(rows):.2f} times all of them", flush=True)
     return Run(c, config, tokenizer, state)
+
+
+def number_of_steps(c: Common, rows: int, per_step: int) -> int:
+    """Raises UserError where there is less than a step's."""
+    if rows < per_step:
+        raise UserError(f"{rows:,} rows are fewer than the {per_step:,} of a step: give more data, or a smaller {'--batch' if hasattr(c, 'batch') else '--prompts'}", everywhere=True)
+    return max(1, round(c.share * (c.steps or getattr(c, "epochs", 1) * (rows // per_step))))
 
 
 def lr_at(step: int, steps: int, c: Common) -> float:
@@ -759,79 +788,65 @@ def take_step(model: OLMo2, optimizer: torch.optim.AdamW, lr: float, clip: float
     return norm
 
 
-def number_of_steps(c: Common, rows: int, batch: int) -> int:
-    """--steps, or all epochs. Raises UserError where there is less than a batch."""
-    if rows < batch:
-        raise UserError(f"{rows:,} rows are fewer than the {batch:,} of a step: give more data, or a smaller {'--batch' if hasattr(c, 'epochs') else '--prompts'}", everywhere=True)
-    return max(1, round(c.share * (c.steps or getattr(c, "epochs", 1) * (rows // batch))))
-
-
-def check_length(c: Common, model: OLMo2) -> None:
-    longest = c.max_length if hasattr(c, "max_length") else c.prompt_length + c.response_length
-    if longest > model.config.context:
-        raise UserError(f"{c.init} takes {model.config.context:,} tokens at most: lower {'--max-length' if hasattr(c, 'max_length') else '--prompt-length and --response-length'}, "
-                        f"which {'is' if hasattr(c, 'max_length') else 'add up to'} {longest:,}", everywhere=True)
-
-
 def count(rows: list[tuple[Example, ...]]) -> tuple[float, float]:
     """(targets, tokens) in the rows of all ranks."""
-    mine = [(float((example.targets != -100).sum()), float(len(example.tokens))) for row in rows for example in row]
+    mine = [(float(example.spoken[1:].sum()), float(len(example.tokens))) for row in rows for example in row]
     return tuple(all_sum(torch.tensor(mine, dtype=torch.float64).sum(0)).tolist())
 
 
-class Clock:
-    """Prints a line of a run now and then, with the time left."""
+class Progress:
+    """What follows each step: count it, record and show its metrics, measure on held-out rows, save."""
 
-    def __init__(self, run: Run, c: Common, steps: int):
-        self.run, self.c, self.steps, self.first, self.start, self.then = run, c, steps, run.step, time.perf_counter(), time.perf_counter()
+    def __init__(self, run: Run, c: Common, steps: int, tensors: dict | None = None, evaluate: Callable[[], None] = lambda: None):
+        self.run, self.c, self.steps, self.tensors, self.evaluate = run, c, steps, tensors, evaluate
+        self.first, self.seconds, self.skipped = run.step, 0.0, 0
+        if run.step == 0:
+            evaluate()
+        self.then = time.perf_counter()
 
     def end_step(self, tokens: float, **values: float) -> None:
-        """Count, record and show a step; `values` are its metrics."""
-        run, now = self.run, time.perf_counter()
+        run, c = self.run, self.c
+        seconds = time.perf_counter() - self.then
+        self.seconds += seconds
         run.step, run.tokens = run.step + 1, run.tokens + int(tokens)
         skipped = not math.isfinite(values.get("grad_norm", 0.0))
-        run.record("step", **values, skipped=skipped, tokens_per_s=round(tokens / (now - self.then), 1), seconds=round(now - self.start, 3))
-        self.then = now
-        if run.step % self.c.log_every == 0 or run.step == self.steps or skipped:
-            left = (self.steps - run.step) * (now - self.start) / (run.step - self.first)
-            print(f"step {run.step:>{len(str(self.steps))}}/{self.steps}  " + "  ".join(f"{name} {value:{'.1e' if name == 'lr' else '#.3g'}}" for name, value in values.items()) +
-                  f"  {format_seconds(left)} left{'  SKIPPED' if skipped else ''}", flush=True)
-
-    def due(self, every: int) -> bool:
-        return self.run.step % every == 0 or self.run.step == self.steps or self.run.stop
-
-
-def record_eval(run: Run, columns: dict[str, float], sample: tuple[str, str] | None = None) -> None:
-    run.record("eval", held_out=columns)
-    print("          held-out: " + ", ".join(f"{name} {value:.{1 if '%' in name else 3}f}" for name, value in columns.items()))
-    if sample:
-        run.record("sample", prompt=sample[0], text=sample[1])
-        print(f"          sample: {sample[0]!r} -> {sample[1]!r}", flush=True)
+        run.record("step", **values, skipped=skipped, tokens_per_s=round(tokens / seconds, 1), seconds=round(self.seconds, 3))
+        last = run.step == self.steps
+        if run.step % c.log_every == 0 or last or skipped:
+            left = (self.steps - run.step) * self.seconds / (run.step - self.first)
+            shown = "  ".join(f"{name} {value:{'.1e' if name == 'lr' else '#.3g'}}" for name, value in values.items())
+            print(f"step {run.step:>{len(str(self.steps))}}/{self.steps}  {shown}  {format_seconds(left)} left{'  SKIPPED' if skipped else ''}", flush=True)
+        self.skipped = self.skipped + 1 if skipped else 0
+        if self.skipped == 20:
+            raise UserError(f"the gradients of 20 steps in a row, up to step {run.step}, were not finite: lower --lr, or look at the data", everywhere=True)
+        if (run.step % c.eval_every == 0 or last) and not run.stop:
+            self.evaluate()
+        if self.tensors and (run.step % c.save_every == 0 or last or run.stop):
+            run.save(self.tensors, wait=last or run.stop)
+        self.then = time.perf_counter()
 
 
-def show_answer(model: OLMo2, tokenizer: Tokenizer, prompts: list[list[int]], c: Common, max_new_tokens: int) -> tuple[str, str] | None:
-    """One of the held-out prompts, always the same one, and an answer at temperature 1."""
-    if not prompts:
-        return None
-    prompt = random.Random(c.seed).choice(prompts)
-    with gathered(model):
-        (new,), _ = model.generate([prompt], min(max_new_tokens, model.config.context - len(prompt)), eos=tokenizer.eos, seed=c.seed)
-    return tokenizer.decode(prompt)[-200:], tokenizer.decode(new)
+def record_eval(run: Run, model: OLMo2, tokenizer: Tokenizer, c: Common, columns: dict[str, float], prompts: list[list[int]]) -> None:
+    """Record and show what was measured, and an answer, at temperature 1, to one of the prompts: always the same one."""
+    if columns:
+        run.record("eval", held_out=columns)
+        print("          held-out: " + ", ".join(f"{name} {value:.{1 if '%' in name else 3}f}" for name, value in columns.items()), flush=True)
+    if prompts:
+        prompt = random.Random(c.seed).choice(prompts)
+        with inference(model, gather=True):
+            (new,), _ = model.generate([prompt], min(c.response_length, model.config.context - len(prompt)), eos=tokenizer.eos, seed=c.seed)
+        asked, said = tokenizer.decode(prompt), tokenizer.decode(new)
+        run.record("sample", prompt=asked, text=said)
+        print(f"          sample: {asked[-200:]!r} -> {said!r}", flush=True)
 
 
-def prompt_of(example: Example) -> list[int]:
-    """What stands before the first word of the assistant."""
-    return example.tokens[: int((example.targets != -100).argmax()) + 1].tolist()
-
-
-def close_stage(run: Run, c: Common, tensors: dict[str, dict[str, Tensor]], tokenizer: Tokenizer, config) -> Path:
+def close_stage(run: Run, c: Common, tensors: dict[str, dict[str, Tensor]], tokenizer: Tokenizer, config) -> None:
     if run.rank == 0:
         plot(run.folder)
     run.leave_if_stopped()
     if not list((run.folder / "hf").glob("*.safetensors")):  # someone removed them, and the run was finished
         export(run.folder, newest_state(run.folder), tensors["model"], config, tokenizer)
     print(f"{run.folder}: finished; weights {run.folder / 'hf'}   curves {run.folder / 'curves.png'}\n", flush=True)
-    return run.folder
 
 
 def plot(folder: Path) -> None:
@@ -840,20 +855,20 @@ def plot(folder: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     rows = read_metrics(folder)
-    steps, evals = ([row for row in rows if row["event"] == event] for event in ("step", "eval"))
-    left_out = {"event", "step", "tokens", "skipped", "tokens_per_s", "seconds"}
-    panels = [("step", name) for name in (steps[0] if steps else ()) if name not in left_out] + [("held-out", name) for name in (evals[0]["held_out"] if evals else ())]
-    if not steps:
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        values = {f"held-out {name}": value for name, value in row.get("held_out", {}).items()} if row["event"] == "eval" else row if row["event"] == "step" else {}
+        for name in values.keys() - {"event", "step", "tokens", "skipped", "tokens_per_s", "seconds"}:
+            curves.setdefault(name, []).append((row["step"], math.nan if values[name] is None else values[name]))
+    if not curves:
         return
-    figure, axes = plt.subplots(-(-len(panels) // 4), 4, figsize=(13, 2.5 * -(-len(panels) // 4)), squeeze=False, layout="constrained")
-    for axis, (kind, name) in zip(axes.flat, panels):
-        if kind == "step":
-            axis.plot([row["step"] for row in steps], [math.nan if row.get(name) is None else row[name] for row in steps], color="C0", linewidth=0.9)
-        else:
-            axis.plot([row["step"] for row in evals], [row["held_out"].get(name, math.nan) for row in evals], color="C1", marker=".")
-        axis.set(title=name if kind == "step" else f"held-out {name}")
+    height = -(-len(curves) // 4)
+    figure, axes = plt.subplots(height, 4, figsize=(13, 2.5 * height), squeeze=False, layout="constrained")
+    for axis, name in zip(axes.flat, sorted(curves, key=lambda name: (name.startswith("held-out"), name))):
+        axis.plot(*zip(*curves[name]), marker="." if name.startswith("held-out") else "", color="C1" if name.startswith("held-out") else "C0", linewidth=0.9)
+        axis.set(title=name)
         axis.grid(alpha=0.3)
-    for axis in axes.flat[len(panels) :]:
+    for axis in axes.flat[len(curves) :]:
         axis.remove()
     figure.suptitle(str(folder))
     figure.savefig(folder / "curves.png.tmp", format="png", dpi=110)
@@ -861,47 +876,35 @@ def plot(folder: Path) -> None:
     plt.close(figure)
 
 
-def held_out_prompts(c: Common, tokenizer: Tokenizer) -> list[Prompt]:
-    """The laptop's held-out questions, which no stage trains on: half sums, half constraints."""
-    rows = [(f"held-out {task}", row) for task in ("gsm8k", "ifeval") for row in rlvr_rows(task, "val", c.questions)]
-    return read_prompts((), rows, tokenizer, 10**9, 0)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The loops
 
 
-def sft(c: SFT, origin: dict[str, str]) -> Path:
+def sft(c: SFT, origin: dict[str, str]) -> None:
     """Supervised fine-tuning: cross-entropy on what the assistant says, each token of a batch counting the same (Tulu 3; finetune.py)."""
     device, tokenizer = start(c, c.bos)
     rank, world = rank_and_world()
-    embedded = [] if c.data else [(f"embedded instructions, row {i}", row) for i, row in enumerate(instruct_rows("train", EMBEDDED_ROWS["sft"], c.seed), 1)]
-    embedded_val = [] if c.data else [("held-out instructions", row) for row in instruct_rows("val", c.questions)]
-    rows = together(lambda: read_examples(c.data, embedded, ("messages",), tokenizer, c.max_length, c.drop))
-    val = together(lambda: read_examples(c.val, embedded_val, ("messages",), tokenizer, c.max_length, True)) if c.val or embedded_val else []
-    prompts = [] if c.data else held_out_prompts(c, tokenizer)
-    if embedded and c.replay:
-        rows += replayed_rows(c, tokenizer, round(len(rows) * c.replay / (1 - c.replay)))
+    rows = together(lambda: read_examples(c.data, c, ("messages",), tokenizer))
+    val = together(lambda: read_examples(c.val, c, ("messages",), tokenizer, held_out=True))
+    questions = together(lambda: read_prompts(c.quiz, c, tokenizer, held_out=True))
+    if c.replay:
+        replayed = lambda: replayed_rows(c, tokenizer, round(len(rows) * c.replay / (1 - c.replay)))
+        together(lambda: rank or replayed())  # the embedded corpus is made by one, found by the others
+        rows += together(replayed)
     steps = number_of_steps(c, len(rows), c.batch)
     model = load_model(c, c.init, device)
-    check_length(c, model)
     optimizer = make_optimizer(model, c)
     tensors = tensors_of(model, optimizer)
-    run = open_stage(c, origin, rows, tensors, model.config, tokenizer, steps, f"{c.batch} conversations")
+    run = open_stage(c, origin, rows, c.batch, steps, tensors, model.config, tokenizer)
 
     def evaluate() -> None:
-        columns = {}
-        if val:
-            nats = spread([example for (example,) in val], lambda part: [-row.sum().item() for row in each_row(model, part, c, model.log_probs)])
-            columns = {"loss": sum(nats) / sum(int((example.targets != -100).sum()) for (example,) in val)}
-        if columns or prompts:
-            shown = [prompt.tokens for prompt in prompts] or [prompt_of(example) for (example,) in val]
-            record_eval(run, columns | (quiz(model, tokenizer, prompts, 48) if prompts else {}), show_answer(model, tokenizer, shown, c, 48))
+        nats = spread(val, lambda part: [-row.sum().item() for row in each_row(model, part, c, model.log_probs)])
+        columns = {"loss": sum(nats) / sum(int(example.spoken[1:].sum()) for (example,) in val)} if val else {}
+        prompts = [prompt.tokens for prompt in questions] or [example.prompt for (example,) in val]
+        record_eval(run, model, tokenizer, c, columns | quiz(model, tokenizer, questions, c.response_length), prompts)
 
     with run:
-        clock = Clock(run, c, steps)
-        if run.step == 0:
-            evaluate()
+        progress = Progress(run, c, steps, tensors, evaluate)
         while run.step < steps and not run.stop:
             batch = [rows[n] for n in order(len(rows), c.batch, run.step, c.seed)[rank::world]]
             n_targets, n_tokens = count(batch)
@@ -912,24 +915,18 @@ def sft(c: SFT, origin: dict[str, str]) -> Path:
                 loss += ce_sum.detach() / n_targets
             (loss,) = run.share(loss)
             lr = lr_at(run.step, steps, c)
-            clock.end_step(n_tokens, loss=loss, lr=lr, grad_norm=take_step(model, optimizer, lr, c.clip))
-            if clock.due(c.eval_every):
-                evaluate()
-            if clock.due(c.save_every):
-                run.save(tensors, wait=run.step == steps or run.stop)
-    return close_stage(run, c, tensors, tokenizer, model.config)
+            progress.end_step(n_tokens, loss=loss, lr=lr, grad_norm=take_step(model, optimizer, lr, c.clip))
+    close_stage(run, c, tensors, tokenizer, model.config)
 
 
 def replayed_rows(c: SFT, tokenizer: Tokenizer, rows: int) -> list[tuple[Example, ...]]:
-    """So many instances of stage 2's mix."""
-    sources = mix_sources(LAPTOP_MIX, "train", tokenizer)
-    files, counts = mix_files(sources, rows, c.max_length)
+    """So many instances of the laptop's stage-2 mix."""
+    files, counts = mix_files(mix_sources(LAPTOP_MIX, "train", tokenizer), rows, c.max_length)
     data = TokenData(files, c.max_length, tokenizer, counts)
-    instances = (data.instance(i) for i in range(len(data)))
-    return [(Example(tokens, make_targets(tokens[None])[0]),) for tokens in instances]
+    return [(Example(data.instance(i).astype(np.int32), np.ones(c.max_length, bool)),) for i in range(len(data))]
 
 
-def prefs(c: Prefs, origin: dict[str, str]) -> Path:
+def prefs(c: Prefs, origin: dict[str, str]) -> None:
     """Preference pairs from the model's own answers: of each prompt's samples the best, against a random one of those that are worse.
 
     Writes train.jsonl and, where there are held-out prompts, val.jsonl, in the layout of the released mixes (parse_preferences.py). A
@@ -937,27 +934,27 @@ def prefs(c: Prefs, origin: dict[str, str]) -> Path:
     """
     device, tokenizer = start(c)
     rank, world = rank_and_world()
-    embedded = [] if c.data else [("embedded prompts", row) for row in rlvr_rows("ifeval", "train", EMBEDDED_ROWS["prefs"], c.seed)]
-    embedded_val = [] if c.data else [("held-out prompts", row) for row in rlvr_rows("ifeval", "val", 2 * c.questions)]
-    splits = {"train": together(lambda: read_prompts(c.data, embedded, tokenizer, c.prompt_length, c.shots))}
-    steps = max(1, round(c.share * (c.steps or -(-len(splits["train"]) // c.prompts))))
-    splits["train"] = splits["train"][: steps * c.prompts]
-    if c.val or embedded_val:
-        splits["val"] = together(lambda: read_prompts(c.val, embedded_val, tokenizer, c.prompt_length, c.shots))
+    splits = {"train": together(lambda: read_prompts(c.data, c, tokenizer))}
+    parts = max(1, round(c.share * (c.steps or -(-len(splits["train"]) // c.prompts))))
+    splits["train"] = splits["train"][: parts * c.prompts]
+    if c.val:
+        splits["val"] = together(lambda: read_prompts(c.val, c, tokenizer, held_out=True))
     model = load_model(c, c.init, device)
-    check_length(c, model)
     judge = load_model(c, c.judge, device, "score") if c.judge else None
-    weights = checksum({name: p.detach() for name, p in model.named_parameters()})
-    together(lambda: rank or open_run(c, origin, {"hash": fingerprint(sum(splits.values(), [])), "files": list(c.data), "rows": len(splits["train"])}, weights))
+    if judge and together(lambda: read_config(find_weights(c.judge)[0])).head != "score":
+        raise UserError(f"--judge {c.judge} is no reward model: train one with python posttrain.py rm", everywhere=True)
+    weights = "-".join(checksum({name: p.detach() for name, p in m.named_parameters()}) for m in (model, judge) if m)
+    enter_run(c, origin, {"hash": fingerprint(sum(splits.values(), [])), "files": list(c.data), "rows": len(splits["train"])}, weights)
 
     def judged(asked: list[Prompt], step: int) -> list[dict]:
         """The rows of the pairs from these prompts, those of all ranks."""
         mine = [n % len(asked) for n in range(rank, -(-len(asked) // world) * world, world)]  # equally many on each rank, as FSDP needs it
         made = answers(model, tokenizer, [asked[n] for n in mine for _ in range(c.samples)], [row_seed(c, step, n * c.samples + k) for n in mine for k in range(c.samples)],
                        c.temperature, c.response_length)
-        scores = [c.reward * answer.right for answer in made]
+        scores = [c.reward * (answer.right and answer.ended) for answer in made]
         if judge:
-            scores = [row[-1].item() for row in each_row(judge, [answer.example for answer in made], c, lambda tokens, _: judge.scores(tokens))]
+            values = each_row(judge, [(answer.example,) for answer in made], c, lambda tokens, _: judge.scores(tokens))
+            scores = [row[0, len(answer.example.tokens) - 1].item() for row, answer in zip(values, made)]
         rows = []
         for i, n in enumerate(mine):
             chance, group = random.Random(row_seed(c, step, n)), range(i * c.samples, (i + 1) * c.samples)
@@ -973,29 +970,30 @@ def prefs(c: Prefs, origin: dict[str, str]) -> Path:
     parts = [(split, i) for split, prompts in splits.items() for i in range(0, len(prompts), c.prompts)]
     place = lambda split, i: Path(c.out) / f".{split}-{i:08d}.jsonl"
     finished = all((Path(c.out) / f"{split}.jsonl").exists() for split in splits)
-    done = len(parts) if finished else next((k for k, part in enumerate(parts) if not place(*part).exists()), len(parts))
-    print(f"run       {c.out}{', going on' if done else ''}\nmodel     {c.init}: {c.samples} answers at temperature {c.temperature:g} to each of {len(splits['train']):,} prompts"
-          + (f", and to {len(splits['val']):,} held-out ones" if "val" in splits else "") + f"; judged by {c.judge or 'the verifiers'}", flush=True)
-    with Run(c, model.config, tokenizer, {"step": from_all(done)[0]}) as run:
-        clock = Clock(run, c, len(parts))
+    done = from_all(len(parts) if finished else next((k for k, part in enumerate(parts) if not place(*part).exists()), len(parts)))[0]
+    print(f"run       {c.out}{', going on' if done else ''}\nmodel     {c.init}: {c.samples} answers at temperature {c.temperature:g} to each of "
+          f"{' and '.join(f'{len(prompts):,} prompts ({split})' for split, prompts in splits.items())}; judged by {c.judge or 'the verifiers'}", flush=True)
+    with Run(c, model.config, tokenizer, {"step": done}) as run:
+        progress = Progress(run, c, len(parts))
         while run.step < len(parts) and not run.stop:
             split, i = parts[run.step]
             rows = judged(splits[split][i : i + c.prompts], run.step)
             if rank == 0:
                 write_text(place(split, i), "".join(json.dumps({"id": f"{split}-{i + k}", **row}, ensure_ascii=False) + "\n" for k, row in enumerate(rows)))
             run.share(torch.zeros((), device=device))
-            clock.end_step(0, pairs=len(rows) / len(splits[split][i : i + c.prompts]))
+            progress.end_step(0, pairs=len(rows) / len(splits[split][i : i + c.prompts]))
     run.leave_if_stopped()
-    if rank == 0 and not finished:
-        for split, prompts in splits.items():
-            files = [place(split, i) for i in range(0, len(prompts), c.prompts)]
-            write_text(Path(c.out) / f"{split}.jsonl", "".join(file.read_text(encoding="utf-8") for file in files))
-        for part in parts:
+
+    def merge() -> None:
+        for split in () if finished else splits:
+            write_text(Path(c.out) / f"{split}.jsonl", "".join(place(*part).read_text(encoding="utf-8") for part in parts if part[0] == split))
+        for part in () if finished else parts:
             place(*part).unlink()
-    for split, prompts in splits.items() if rank == 0 else ():
-        print(f"          {sum(1 for _ in json_lines(Path(c.out) / f'{split}.jsonl')):,} pairs from {len(prompts):,} prompts: {c.out}/{split}.jsonl")
+        for split, prompts in splits.items():
+            print(f"          {sum(1 for _ in json_lines(Path(c.out) / f'{split}.jsonl')):,} pairs from {len(prompts):,} prompts: {c.out}/{split}.jsonl")
+
+    together(lambda: rank or merge())
     print(flush=True)
-    return Path(c.out)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -1004,126 +1002,94 @@ def write_text(path: Path, text: str) -> None:
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def pair_scores(model: OLMo2, c: DPO, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """S(y) of the chosen and of the rejected of b pairs, from [2 b, T]: one forward for both."""
-    scores = sequence_scores(model.log_probs(tokens, targets), (targets != -100).float(), c.normalize)
-    return scores.chunk(2)
-
-
-def each_pair(model: OLMo2, pairs: list[tuple[Example, ...]], c: Common, scores: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> list[tuple[float, float]]:
-    """Per pair the two `scores(tokens, targets)` of its conversations, which the model computes; without gradients. All ranks share the work."""
-    device = next(model.parameters()).device
-
-    def work(part: list) -> list:
-        found: list = [None] * len(part)
-        with inference(model):
-            for which, tokens, targets in micro_batches(part, 4 * c.micro_batch):
-                for n, *row in zip(which, *(side.tolist() for side in scores(tokens.to(device), targets.to(device)))):
-                    found[n] = tuple(row)
-        return found
-
-    return spread(pairs, work)
-
-
 def read_pairs(c: RM, tokenizer: Tokenizer) -> tuple[list, list]:
     """(pairs to train on, held-out pairs) of chosen and rejected conversations."""
-    rows = together(lambda: read_examples(c.data, [], ("chosen", "rejected"), tokenizer, c.max_length, c.drop))
-    return rows, together(lambda: read_examples(c.val, [], ("chosen", "rejected"), tokenizer, c.max_length, True)) if c.val else []
+    return tuple(together(lambda: read_examples(sources, c, ("chosen", "rejected"), tokenizer, held_out=sources is c.val)) for sources in (c.data, c.val))
 
 
-def dpo(c: DPO, origin: dict[str, str]) -> Path:
+def pair_columns(loss: Tensor, better: Tensor, worse: Tensor) -> dict[str, float]:
+    """What held-out pairs say: means of loss and margin, and how often the chosen one is ahead."""
+    return {"loss": loss.mean().item(), "margin": (better - worse).mean().item(), "accuracy %": 100 * (better > worse).float().mean().item()}
+
+
+def dpo(c: DPO, origin: dict[str, str]) -> None:
     """Direct preference optimization, with the reference's scores computed once, before the first step (dpo_tune_cache.py)."""
     device, tokenizer = start(c)
     rank, world = rank_and_world()
     rows, val = read_pairs(c, tokenizer)
-    prompts = held_out_prompts(c, tokenizer) if is_laptop(c) else []
+    questions = together(lambda: read_prompts(c.quiz, c, tokenizer, held_out=True))
     steps = number_of_steps(c, len(rows), c.batch)
     model = load_model(c, c.init, device)
-    check_length(c, model)
-    scores = functools.partial(pair_scores, model, c)
-    reference, reference_val = (each_pair(model, pairs, c, scores) for pairs in (rows, val))  # before a state replaces the weights
     optimizer = make_optimizer(model, c)
     tensors = tensors_of(model, optimizer)
-    run = open_stage(c, origin, rows, tensors, model.config, tokenizer, steps, f"{c.batch} pairs")
+
+    def scores(tokens: Tensor, targets: Tensor) -> Tensor:
+        """S(y) of b chosen, then of b rejected conversations [2 b]: one forward for both."""
+        return sequence_scores(model.log_probs(tokens, targets), (targets != -100).float(), c.normalize)
+
+    reference, reference_val = (each_pair(model, pairs, c, scores) for pairs in (rows, val))  # now: a state may replace the weights
+    run = open_stage(c, origin, rows, c.batch, steps, tensors, model.config, tokenizer)
 
     def evaluate() -> None:
-        columns = {}
-        if val:
-            now = each_pair(model, val, c, scores)
-            loss, better, worse = dpo_loss(*torch.tensor(now).T, *torch.tensor(reference_val).T, c.beta)
-            columns = {"loss": loss.mean().item(), "margin": (better - worse).mean().item(), "accuracy %": 100 * (better > worse).float().mean().item()}
-        if columns or prompts:
-            shown = [prompt.tokens for prompt in prompts] or [prompt_of(chosen) for chosen, _ in val]
-            record_eval(run, columns | (quiz(model, tokenizer, prompts, 48) if prompts else {}), show_answer(model, tokenizer, shown, c, 48))
+        columns = pair_columns(*dpo_loss(*each_pair(model, val, c, scores), *reference_val, c.beta)) if val else {}
+        prompts = [prompt.tokens for prompt in questions] or [chosen.prompt for chosen, _ in val]
+        record_eval(run, model, tokenizer, c, columns | quiz(model, tokenizer, questions, c.response_length), prompts)
 
     with run:
-        clock = Clock(run, c, steps)
-        if run.step == 0:
-            evaluate()
+        progress = Progress(run, c, steps, tensors, evaluate)
         while run.step < steps and not run.stop:
             numbers = order(len(rows), c.batch, run.step, c.seed)[rank::world]
             batch = [rows[n] for n in numbers]
             _, n_tokens = count(batch)
-            sums = torch.zeros(4, device=device)  # loss, chosen reward, rejected reward, accuracy
+            sums = torch.zeros(4, device=device)
             for which, tokens, targets in micro_batches(batch, c.micro_batch):
-                old = torch.tensor([reference[numbers[n]] for n in which], device=device).T
-                loss, better, worse = dpo_loss(*scores(tokens.to(device), targets.to(device)), *old, c.beta)
+                loss, better, worse = dpo_loss(*scores(tokens.to(device), targets.to(device)).chunk(2), *reference[:, numbers[which]].to(device), c.beta)
                 (loss.sum() / c.batch).backward()
                 sums += torch.stack((loss.detach().sum(), better.sum(), worse.sum(), (better > worse).sum())) / c.batch
             loss, better, worse, accuracy = run.share(*sums)
             lr = lr_at(run.step, steps, c)
-            clock.end_step(n_tokens, loss=loss, chosen_reward=better, rejected_reward=worse, margin=better - worse, accuracy=accuracy,
-                           lr=lr, grad_norm=take_step(model, optimizer, lr, c.clip))
-            if clock.due(c.eval_every):
-                evaluate()
-            if clock.due(c.save_every):
-                run.save(tensors, wait=run.step == steps or run.stop)
-    return close_stage(run, c, tensors, tokenizer, model.config)
+            progress.end_step(n_tokens, loss=loss, chosen_reward=better, rejected_reward=worse, margin=better - worse, accuracy=accuracy,
+                              lr=lr, grad_norm=take_step(model, optimizer, lr, c.clip))
+    close_stage(run, c, tensors, tokenizer, model.config)
 
 
-def rm(c: RM, origin: dict[str, str]) -> Path:
+def rm(c: RM, origin: dict[str, str]) -> None:
     """A reward model: the SFT model with a head of one column, read at the last token of a conversation (reward_modeling.py)."""
     device, tokenizer = start(c)
     rank, world = rank_and_world()
     rows, val = read_pairs(c, tokenizer)
     steps = number_of_steps(c, len(rows), c.batch)
     model = load_model(c, c.init, device, "score")
-    check_length(c, model)
     optimizer = make_optimizer(model, c)
     tensors = tensors_of(model, optimizer)
-    run = open_stage(c, origin, rows, tensors, model.config, tokenizer, steps, f"{c.batch} pairs")
+    run = open_stage(c, origin, rows, c.batch, steps, tensors, model.config, tokenizer)
 
-    def scores(tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        last = (targets != -100).long().cumsum(1).argmax(1) + 1  # where the last target stands: the final EOS, or where a row was cut
-        return model.scores(tokens).gather(1, last[:, None])[:, 0].chunk(2)
+    def scores(tokens: Tensor, targets: Tensor) -> Tensor:
+        """[2 b], at the assistant's last token: the final EOS, or where the row was cut."""
+        last = (targets != -100).long().cumsum(1).argmax(1) + 1
+        return model.scores(tokens).gather(1, last[:, None])[:, 0]
 
     def evaluate() -> None:
         if val:
-            better, worse = torch.tensor(each_pair(model, val, c, scores)).T
-            record_eval(run, {"loss": reward_loss(better, worse).mean().item(), "margin": (better - worse).mean().item(), "accuracy %": 100 * (better > worse).float().mean().item()})
+            better, worse = each_pair(model, val, c, scores)
+            record_eval(run, model, tokenizer, c, pair_columns(reward_loss(better, worse), better, worse), [])
 
     with run:
-        clock = Clock(run, c, steps)
-        if run.step == 0:
-            evaluate()
+        progress = Progress(run, c, steps, tensors, evaluate)
         while run.step < steps and not run.stop:
             batch = [rows[n] for n in order(len(rows), c.batch, run.step, c.seed)[rank::world]]
             _, n_tokens = count(batch)
             sums = torch.zeros(4, device=device)
             for _, tokens, targets in micro_batches(batch, c.micro_batch):
-                better, worse = scores(tokens.to(device), targets.to(device))
+                better, worse = scores(tokens.to(device), targets.to(device)).chunk(2)
                 loss = reward_loss(better, worse).sum() / c.batch
                 loss.backward()
-                sums += torch.stack((loss.detach(), better.detach().sum() / c.batch, worse.detach().sum() / c.batch, (better > worse).sum() / c.batch))
+                sums += torch.stack((loss.detach(), *(torch.stack((better.sum(), worse.sum(), (better > worse).sum())).detach() / c.batch)))
             loss, better, worse, accuracy = run.share(*sums)
             lr = lr_at(run.step, steps, c)
-            clock.end_step(n_tokens, loss=loss, chosen_reward=better, rejected_reward=worse, margin=better - worse, accuracy=accuracy,
-                           lr=lr, grad_norm=take_step(model, optimizer, lr, c.clip))
-            if clock.due(c.eval_every):
-                evaluate()
-            if clock.due(c.save_every):
-                run.save(tensors, wait=run.step == steps or run.stop)
-    return close_stage(run, c, tensors, tokenizer, model.config)
+            progress.end_step(n_tokens, loss=loss, chosen_reward=better, rejected_reward=worse, margin=better - worse, accuracy=accuracy,
+                              lr=lr, grad_norm=take_step(model, optimizer, lr, c.clip))
+    close_stage(run, c, tensors, tokenizer, model.config)
 
 
 def row_seed(c: Common, step: int, row: int) -> int:
@@ -1133,126 +1099,102 @@ def row_seed(c: Common, step: int, row: int) -> int:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """What a rank has sampled in a step. `parts`: its rows, as one list per mini-batch; these are the same ones at any world size."""
-    parts: list[list[int]]
-    made: list[Answer]
+    """What a rank has sampled in a step."""
+    parts: list[list[int]]  # its rows by mini-batch; those of all ranks together are the same at any world size
+    examples: list[tuple[Example]]
     rewards: Tensor  # [rows], of which `samples` neighbours answer the same prompt
+    old: list[Tensor]  # log-probabilities of the targets [T] under the weights that have sampled
     n_tokens: float  # targets, of all ranks
     stats: dict[str, float]  # of all ranks
 
 
-def roll_out(model: OLMo2, tokenizer: Tokenizer, prompts: list[Prompt], c: GRPO | PPO, run: Run, device: torch.device) -> Rollouts:
-    """Sample this step's answers and let the verifiers score them."""
+def roll_out(model: OLMo2, tokenizer: Tokenizer, prompts: list[Prompt], c: GRPO | PPO, step: int) -> Rollouts:
+    """Sample this step's answers and let the verifiers score them.
+
+    The old log-probabilities are, in fp32, those of sampling itself. In bf16 (CUDA) a forward with a cache rounds otherwise than one
+    without, by more than the clip may bear, so the trainer's own forward computes them.
+    """
     rank, world = rank_and_world()
-    numbers = order(len(prompts), c.prompts, run.step, c.seed)
+    numbers = order(len(prompts), c.prompts, step, c.seed)
     per_part = c.prompts // c.minibatches
     places = [place for part in range(c.minibatches) for place in range(part * per_part, (part + 1) * per_part)[rank::world]]
     rows = [(place, k) for place in places for k in range(c.samples)]
-    made = answers(model, tokenizer, [prompts[numbers[place]] for place, _ in rows], [row_seed(c, run.step, place * c.samples + k) for place, k in rows], c.temperature, c.response_length)
+    made = answers(model, tokenizer, [prompts[numbers[place]] for place, _ in rows], [row_seed(c, step, place * c.samples + k) for place, k in rows], c.temperature, c.response_length)
+    examples, old = [(answer.example,) for answer in made], [answer.log_probs for answer in made]
+    if torch.cuda.is_available() and model.lm_head.weight.is_cuda:
+        old = [row[0] for row in each_row(model, examples, c, lambda tokens, targets: model.log_probs(tokens, targets, c.temperature))]
     rewards = torch.tensor([c.reward * answer.right if answer.ended else c.no_eos for answer in made])
-    here = len(rows) // c.minibatches
     groups = rewards.view(-1, c.samples)
-    sums = all_sum(torch.stack((torch.tensor(float(sum((a.example.targets != -100).sum() for a in made))), rewards.sum(), torch.tensor(float(sum(a.right for a in made))),
-                                torch.tensor(float(sum(a.ended for a in made))), (groups != groups[:, :1]).any(1).sum().float()))).tolist()
-    n = c.prompts * c.samples
-    stats = dict(reward=sums[1] / n, right=sums[2] / n, length=sums[0] / n, ended=sums[3] / n) | ({"signal": sums[4] / c.prompts} if c.samples > 1 else {})
-    return Rollouts([list(range(i, i + here)) for i in range(0, len(rows), here)], made, rewards, sums[0], stats)
+    sums = np.sum([[answer.example.spoken.sum(), answer.right, answer.ended] for answer in made], axis=0)
+    n_tokens, right, ended, reward, signal = all_sum(torch.tensor([*sums, rewards.sum(), (groups != groups[:, :1]).any(1).sum()], dtype=torch.float64)).tolist()
+    n, here = c.prompts * c.samples, len(rows) // c.minibatches
+    stats = dict(reward=reward / n, right=right / n, length=n_tokens / n, ended=ended / n) | ({"signal": signal / c.prompts} if c.samples > 1 else {})
+    return Rollouts([list(range(i, i + here)) for i in range(0, len(rows), here)], examples, rewards, old, n_tokens, stats)
 
 
-def old_log_probs(model: OLMo2, rollouts: Rollouts, c: GRPO | PPO) -> list[Tensor]:
-    """Per answer [T]: under the weights that have sampled it, which are still the model's.
-
-    In fp32 those of sampling itself. In bf16 (CUDA) a forward with a cache rounds otherwise than one without, by more than
-    the clip may bear, so the trainer computes its own.
-    """
-    if next(model.parameters()).device.type != "cuda":
-        return [answer.log_probs for answer in rollouts.made]
-    return each_row(model, [answer.example for answer in rollouts.made], c, lambda tokens, targets: model.log_probs(tokens, targets, c.temperature))
-
-
-def grpo(c: GRPO, origin: dict[str, str]) -> Path:
+def grpo(c: GRPO, origin: dict[str, str]) -> None:
     """RLVR with GRPO: sample groups of answers, reward what is right, raise the better ones of each group (grpo_vllm_thread_ray_gtrl.py)."""
     device, tokenizer = start(c)
-    prompts, quizzed = rl_prompts(c, tokenizer)
+    prompts = together(lambda: read_prompts(c.data, c, tokenizer))
+    questions = together(lambda: read_prompts(c.quiz, c, tokenizer, held_out=True))
     steps = number_of_steps(c, len(prompts), c.prompts)
     model, reference = load_model(c, c.init, device), load_model(c, c.init, device)
-    check_length(c, model)
     optimizer = make_optimizer(model, c)
     tensors = tensors_of(model, optimizer)
-    run = open_stage(c, origin, prompts, tensors, model.config, tokenizer, steps, f"{c.prompts} prompts x {c.samples} answers")
-
-    def evaluate() -> None:
-        if quizzed:
-            record_eval(run, quiz(model, tokenizer, quizzed, c.response_length), show_answer(model, tokenizer, [prompt.tokens for prompt in quizzed], c, c.response_length))
-
+    run = open_stage(c, origin, prompts, c.prompts, steps, tensors, model.config, tokenizer)
+    evaluate = lambda: record_eval(run, model, tokenizer, c, quiz(model, tokenizer, questions, c.response_length), [prompt.tokens for prompt in questions])
     with run:
-        clock = Clock(run, c, steps)
-        if run.step == 0:
-            evaluate()
+        progress = Progress(run, c, steps, tensors, evaluate)
         while run.step < steps and not run.stop:
-            # ---- 1. sample, verify; what is better than its group?
-            rollouts = roll_out(model, tokenizer, prompts, c, run, device)
-            examples = [answer.example for answer in rollouts.made]
+            # ---- 1. sample, verify; what is better than its group? and what did the reference think of it?
+            rollouts = roll_out(model, tokenizer, prompts, c, run.step)
             advantages = grpo_advantages(rollouts.rewards.view(-1, c.samples), c.normalize).flatten()
-            # ---- 2. log-probabilities under the weights that have sampled, and under the reference
-            old = old_log_probs(model, rollouts, c)
-            fixed = each_row(reference, examples, c, lambda x, y: reference.log_probs(x, y, c.temperature))
-            # ---- 3. optimizer steps
+            fixed = each_row(reference, rollouts.examples, c, lambda tokens, targets: reference.log_probs(tokens, targets, c.temperature))
+            # ---- 2. optimizer steps
             lr = lr_at(run.step, steps, c)
             sums, norms = torch.zeros(3, device=device), []
             for part in rollouts.parts * c.passes:
-                n_tokens, _ = count([(examples[n],) for n in part])
-                for which, tokens, targets in micro_batches([(examples[n],) for n in part], c.micro_batch):
+                batch = [rollouts.examples[n] for n in part]
+                n_tokens, _ = count(batch)
+                for which, tokens, targets in micro_batches(batch, c.micro_batch):
                     rows, mask = [part[n] for n in which], (targets != -100).float().to(device)
-                    weights = token_weights(mask, c.denominator, n_tokens, c.batch, c.response_length)
+                    weights = token_weights(mask, c.denominator, n_tokens, c.prompts * c.samples // c.minibatches, c.response_length)
                     new = model.log_probs(tokens.to(device), targets.to(device), c.temperature)
-                    loss, clipped, kl = grpo_loss(new, pad([old[n] for n in rows], mask), pad([fixed[n] for n in rows], mask), advantages[rows].to(device), weights, c.clip_range, c.beta)
+                    loss, clipped, kl = grpo_loss(new, pad([rollouts.old[n] for n in rows], mask), pad([fixed[n] for n in rows], mask), advantages[rows].to(device), weights,
+                                                  c.clip_range, c.beta)
                     loss.backward()
                     sums += torch.stack((loss.detach(), clipped, kl))
                 norms.append(take_step(model, optimizer, lr, c.clip))
-            updates = c.passes * len(rollouts.parts)
-            entropy = -sum(row.sum() for row in old)  # of what was sampled, the mean of -log p estimates it
-            loss, clipped, kl, entropy = run.share(*sums, entropy.to(device))
-            tokens = rollouts.n_tokens
-            clock.end_step(tokens, loss=loss / updates, **rollouts.stats, kl=kl / tokens / c.passes, clip_fraction=clipped / tokens / c.passes, entropy=entropy / tokens,
-                           lr=lr, grad_norm=max(norms))
-            if clock.due(c.eval_every):
-                evaluate()
-            if clock.due(c.save_every):
-                run.save(tensors, wait=run.step == steps or run.stop)
-    return close_stage(run, c, tensors, tokenizer, model.config)
+            # ---- 3. of what was sampled, the mean of -log p estimates the entropy
+            loss, clipped, kl, entropy = run.share(*sums, -sum(row.sum() for row in rollouts.old).to(device))
+            seen = rollouts.n_tokens * c.passes
+            progress.end_step(rollouts.n_tokens, loss=loss / len(norms), **rollouts.stats, kl=kl / seen, clip_fraction=clipped / seen, entropy=entropy / rollouts.n_tokens,
+                              lr=lr, grad_norm=float(np.max(norms)))
+    close_stage(run, c, tensors, tokenizer, model.config)
 
 
-def ppo(c: PPO, origin: dict[str, str]) -> Path:
+def ppo(c: PPO, origin: dict[str, str]) -> None:
     """RLVR with PPO: a value model learns what an answer so far is worth; tokens that bring more than that are raised (ppo_vllm_thread_ray_gtrl.py)."""
     device, tokenizer = start(c)
-    prompts, quizzed = rl_prompts(c, tokenizer)
+    prompts = together(lambda: read_prompts(c.data, c, tokenizer))
+    questions = together(lambda: read_prompts(c.quiz, c, tokenizer, held_out=True))
     steps = number_of_steps(c, len(prompts), c.prompts)
     model, reference, value = load_model(c, c.init, device), load_model(c, c.init, device), load_model(c, c.value, device, "score")
-    check_length(c, model)
     optimizer, value_optimizer = make_optimizer(model, c), make_optimizer(value, c)
     tensors = tensors_of(model, optimizer) | {f"value_{part}": values for part, values in tensors_of(value, value_optimizer).items()}
-    run = open_stage(c, origin, prompts, tensors, model.config, tokenizer, steps, f"{c.prompts} prompts x {c.samples} answers")
-
-    def evaluate() -> None:
-        if quizzed:
-            record_eval(run, quiz(model, tokenizer, quizzed, c.response_length), show_answer(model, tokenizer, [prompt.tokens for prompt in quizzed], c, c.response_length))
-
+    run = open_stage(c, origin, prompts, c.prompts, steps, tensors, model.config, tokenizer)
+    evaluate = lambda: record_eval(run, model, tokenizer, c, quiz(model, tokenizer, questions, c.response_length), [prompt.tokens for prompt in questions])
     with run:
-        clock = Clock(run, c, steps)
-        if run.step == 0:
-            evaluate()
+        progress = Progress(run, c, steps, tensors, evaluate)
         while run.step < steps and not run.stop:
             # ---- 1. sample, verify
-            rollouts = roll_out(model, tokenizer, prompts, c, run, device)
-            examples = [answer.example for answer in rollouts.made]
-            old = old_log_probs(model, rollouts, c)
-            fixed = each_row(reference, examples, c, lambda x, y: reference.log_probs(x, y, c.temperature))
-            old_values = each_row(value, examples, c, lambda x, _: value.scores(x))
+            rollouts = roll_out(model, tokenizer, prompts, c, run.step)
+            examples, old = rollouts.examples, rollouts.old
+            fixed = each_row(reference, examples, c, lambda tokens, targets: reference.log_probs(tokens, targets, c.temperature))
+            old_values = each_row(value, examples, c, lambda tokens, _: value.scores(tokens))
             # ---- 2. rewards per token: minus beta k1 everywhere, the verdict on the last; then advantages
-            T = max(len(example.tokens) for example in examples)
-            wide = torch.zeros(len(examples), T)
-            mask = pad([torch.from_numpy(example.targets != -100).float() for example in examples], wide)
+            wide = torch.zeros(len(examples), max(len(example.tokens) for (example,) in examples))
+            mask = pad([torch.from_numpy(example.targets != -100).float() for (example,) in examples], wide)
             k1 = (pad(old, wide) - pad(fixed, wide)) * mask
             rewards = -c.beta * k1
             rewards[torch.arange(len(rewards)), mask.cumsum(1).argmax(1)] += rollouts.rewards
@@ -1262,46 +1204,25 @@ def ppo(c: PPO, origin: dict[str, str]) -> Path:
             lr = lr_at(run.step, steps, c)
             sums, norms = torch.zeros(3, device=device), []
             for part in rollouts.parts * c.passes:
-                n_tokens, _ = count([(examples[n],) for n in part])
-                for which, tokens, targets in micro_batches([(examples[n],) for n in part], c.micro_batch):
-                    rows, real = [part[n] for n in which], (targets != -100).float().to(device)
-                    tokens, targets = tokens.to(device), targets.to(device)
-                    cut = lambda x: x[rows, : tokens.shape[1]].to(device)
-                    policy, squares, clipped = ppo_losses(model.log_probs(tokens, targets, c.temperature), pad([old[n] for n in rows], real), value.scores(tokens),
-                                                          pad([old_values[n] for n in rows], real), cut(advantages), cut(returns), real, c.clip_range, c.value_clip)
+                batch = [examples[n] for n in part]
+                n_tokens, _ = count(batch)
+                for which, tokens, targets in micro_batches(batch, c.micro_batch):
+                    rows, real, tokens = [part[n] for n in which], (targets != -100).float().to(device), tokens.to(device)
+                    new, values = model.log_probs(tokens, targets.to(device), c.temperature), value.scores(tokens)
+                    policy, squares, clipped = ppo_losses(new, pad([old[n] for n in rows], real), values, pad([old_values[n] for n in rows], real),
+                                                          pad(advantages[rows], real), pad(returns[rows], real), real, c.clip_range, c.value_clip)
                     ((policy + c.value_weight * squares) / n_tokens).backward()
                     sums += torch.stack((policy.detach() / n_tokens, squares.detach() / n_tokens, clipped))
-                norms.append(take_step(model, optimizer, lr, c.clip))
-                take_step(value, value_optimizer, lr * (c.value_lr or c.lr) / c.lr, c.clip)
-            updates = c.passes * len(rollouts.parts)
+                norms += [take_step(model, optimizer, lr, c.clip), take_step(value, value_optimizer, lr * (c.value_lr or c.lr) / c.lr, c.clip)]
+            updates, seen = len(rollouts.parts) * c.passes, rollouts.n_tokens * c.passes
             loss, squares, clipped, kl, entropy = run.share(*sums, k1.sum().to(device), -sum(row.sum() for row in old).to(device))
-            tokens = rollouts.n_tokens
-            clock.end_step(tokens, loss=loss / updates, value_loss=squares / updates, **rollouts.stats, kl=kl / tokens, clip_fraction=clipped / tokens / c.passes,
-                           entropy=entropy / tokens, lr=lr, grad_norm=max(norms))
-            if clock.due(c.eval_every):
-                evaluate()
-            if clock.due(c.save_every):
-                run.save(tensors, wait=run.step == steps or run.stop)
-    return close_stage(run, c, tensors, tokenizer, model.config)
-
-
-def rl_prompts(c: GRPO | PPO, tokenizer: Tokenizer) -> tuple[list[Prompt], list[Prompt]]:
-    """(prompts to train on, held-out prompts)."""
-    embedded = [] if c.data else [(f"embedded {task}", row) for task in ("gsm8k", "ifeval") for row in rlvr_rows(task, "train", EMBEDDED_ROWS["rl"], c.seed)]
-    prompts = together(lambda: read_prompts(c.data, embedded, tokenizer, c.prompt_length, c.shots))
-    if not c.data:
-        return prompts, held_out_prompts(c, tokenizer)
-    return prompts, together(lambda: read_prompts(c.val, [], tokenizer, c.prompt_length, c.shots))[: c.questions] if c.val else []
+            progress.end_step(rollouts.n_tokens, loss=loss / updates, value_loss=squares / updates, **rollouts.stats, kl=kl / rollouts.n_tokens, clip_fraction=clipped / seen,
+                              entropy=entropy / rollouts.n_tokens, lr=lr, grad_norm=float(np.max(norms)))
+    close_stage(run, c, tensors, tokenizer, model.config)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line
-
-
-def is_laptop(c: RM) -> bool:
-    """Are the pairs those of the laptop's recipe?"""
-    return c.size == "tiny" and [Path(path).parent.name for path in c.data] == ["prefs"]
-
 
 LOOPS = {"sft": sft, "prefs": prefs, "rm": rm, "dpo": dpo, "ppo": ppo, "grpo": grpo}
 # What a stage starts from, in runs/<size>: the first that is there. The released 1B was made of its third ingredient alone.
@@ -1311,27 +1232,31 @@ BEFORE = {"sft": ("soup", "anneal-3", "anneal-1", "pretrain"), "prefs": ("sft",)
 def settings(stage: str, arguments: list[str], folder: Path | None = None, **more) -> tuple[Common, dict[str, str]]:
     """(a stage's settings, where each came from): class defaults < recipe of --size < the runs before, in `folder` < `more` < flags.
 
-    Raises UserError.
+    A size without a recipe of its own has another one's rates, and no data. Raises UserError.
     """
     size, config = size_of(arguments), STAGES[stage]
     folder = folder or Path(f"runs/{size}")
-    recipe = RECIPES[stage].get(size) or {**RECIPES[stage].get("1B", RECIPES[stage].get("7B")), "data": ()}
-    k = getattr(parse(config(**{**recipe, **more, "size": size}), arguments, __doc__), "round", 1)
-    rounds = [{}, *ROUNDS.get((stage, size), [])]
+    like = size if size in RECIPES[stage] else "1B" if "1B" in RECIPES[stage] else "7B"
+    recipe = RECIPES[stage][like] | ({"data": ()} if like != size else {})
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    k = more.get("round") or next((int(after) for word, after in zip(words, words[1:]) if word == "--round" and after.isdigit()), 1)  # known before the rest, as --size
+    rounds = [{}, *ROUNDS.get((stage, size), [])] if hasattr(config, "round") else [{}]
     if not 1 <= k <= len(rounds):
         raise UserError(f"--round {k}: {size} has {len(rounds)} of {stage}")
     before = (f"{stage}-{k - 1}",) if k > 1 else BEFORE[stage]
     chain = {"out": str(folder / (f"{stage}-{k}" if hasattr(config, "round") else stage)), "init": str(folder / next((b for b in before if (folder / b).exists()), before[0]))}
     if stage == "ppo":
         chain["value"] = str(folder / "rm")
-    if stage in ("rm", "dpo") and (size == "tiny" or (folder / "prefs" / "train.jsonl").exists()):  # one's own pairs, beside the released ones
-        chain |= {"data": (*recipe.get("data", ()), str(folder / "prefs" / "train.jsonl")), "val": (str(folder / "prefs" / "val.jsonl"),)}
+    pairs = folder / "prefs"
+    if stage in ("rm", "dpo") and (size == "tiny" or (pairs / "train.jsonl").exists()):  # one's own pairs, beside the released ones
+        chain["data"] = (*recipe.get("data", ()), str(pairs / "train.jsonl"))
+        chain["val"] = (str(pairs / "val.jsonl"),) if size == "tiny" or (pairs / "val.jsonl").exists() else ()
     default = config(**{**recipe, **rounds[k - 1], **chain, **more, "size": size})
     c = parse(default, arguments, __doc__)
-    if c.data != default.data and c.val == default.val:
-        c = dataclasses.replace(c, val=())
+    if c.data != default.data:  # of other data, what was held out of these says nothing
+        c = dataclasses.replace(c, **{name: () for name in ("val", "quiz") if getattr(c, name) == getattr(default, name)})
     return c, {f.name: "flag" if getattr(c, f.name) != getattr(default, f.name) else "runs before" if f.name in chain else
-               f"recipe {size}" if f.name in recipe | rounds[k - 1] else "default" for f in dataclasses.fields(c)}
+               f"recipe {like}" if f.name in recipe | rounds[k - 1] else "default" for f in dataclasses.fields(c)}
 
 
 def check(c: Common) -> None:
@@ -1339,38 +1264,37 @@ def check(c: Common) -> None:
     world = int(os.environ.get("WORLD_SIZE", 1))
     rules = [(f"--{name.replace('_', '-')} {getattr(c, name)} must be {words}", holds(getattr(c, name)))
              for names, words, holds in [
-                 ("micro_batch save_every eval_every log_every questions timeout batch epochs prompts samples response_length prompt_length minibatches passes round", "at least 1", lambda v: v >= 1),
+                 ("micro_batch save_every eval_every log_every questions timeout batch epochs prompts samples response_length prompt_length minibatches passes", "at least 1", lambda v: v >= 1),
                  ("max_length", "at least 2", lambda v: v >= 2),
-                 ("seed steps keep threads shard weight_decay shots value_lr", "at least 0", lambda v: 0 <= v < math.inf),
-                 ("lr clip eps temperature", "above 0", lambda v: 0 < v < math.inf), ("beta reward value_weight", "at least 0", lambda v: 0 <= v < math.inf),
-                 ("clip_range value_clip", "above 0", lambda v: 0 < v < math.inf), ("warmup recompute gamma lam", "from 0 to 1", lambda v: 0 <= v <= 1),
-                 ("beta1 beta2", "from 0 to below 1", lambda v: 0 <= v < 1)]
-             for name in names.split() if hasattr(c, name) and not (name == "lr" and isinstance(c, Prefs))]
-    rules += [(f"--schedule {c.schedule} must be linear or constant", c.schedule in ("linear", "constant")),
-              (f"--recompute-part {c.recompute_part} must be block or mlp", c.recompute_part in ("block", "mlp"))]
+                 ("seed steps keep threads weight_decay shots value_lr beta reward value_weight shard", "at least 0", lambda v: 0 <= v < math.inf),
+                 ("lr clip eps temperature share clip_range value_clip", "above 0", lambda v: 0 < v < math.inf), ("no_eos", "a number", math.isfinite),
+                 ("warmup recompute gamma lam", "from 0 to 1", lambda v: 0 <= v <= 1), ("beta1 beta2 replay", "from 0 to below 1", lambda v: 0 <= v < 1)]
+             for name in names.split() if hasattr(c, name)]
+    rules += [(f"--{name.replace('_', '-')} {getattr(c, name)} must be {' or '.join(values)}", getattr(c, name) in values)
+              for name, values in {"schedule": ("linear", "constant"), "recompute_part": ("block", "mlp"), "denominator": ("token", "constant", "sequence")}.items() if hasattr(c, name)]
     if isinstance(c, GRPO):
-        rules += [(f"--denominator {c.denominator} must be token, constant or sequence", c.denominator in ("token", "constant", "sequence")),
-                  (f"--samples {c.samples} must be at least 2: an answer is compared with its group", c.samples >= 2)]
+        rules.append((f"--samples {c.samples} must be at least 2: an answer is compared with its group", c.samples >= 2))
+    if not isinstance(c, Recipe):
+        rules.append((f"--data: {c.size} has no data of its own for this stage, name some: files, or data sets on the Hub", bool(c.data)))
     if problems := [text for text, holds in rules if not holds]:
         raise UserError("; ".join(problems))
-    if hasattr(c, "prompts"):
-        unit = world * getattr(c, "minibatches", 1)
-        if c.prompts % unit and not isinstance(c, Prefs):
-            below = c.prompts // unit * unit
-            raise UserError(f"--prompts {c.prompts} = {c.prompts / unit:.2f} x {f'{world} processes x ' if world > 1 else ''}--minibatches {c.minibatches} does not divide: "
-                            f"use --prompts {' or '.join(str(n) for n in (below, below + unit) if n)}")
-    else:
-        if c.batch % world:
-            raise UserError(f"--batch {c.batch} = {c.batch / world:.2f} x {world} processes does not divide: use --batch {c.batch // world * world or ''} or {(c.batch // world + 1) * world}")
-    if not Path(c.init).exists():
-        made_by = {"soup": "python soup.py", "anneal": "python anneal.py", "pretrain": "python pretrain.py"}
-        stage = Path(c.init).name.split("-")[0]
-        raise UserError(f"{c.init} does not exist: make it first ({made_by.get(stage, f'python posttrain.py {stage}')}), or name a run, a checkpoint or a Hugging Face directory with --init")
+    if isinstance(c, Recipe):
+        return
+    shard_size(c, world)
+    name, unit = ("batch", world) if hasattr(c, "batch") else ("prompts", 1 if isinstance(c, Prefs) else world * c.minibatches)
+    if (n := getattr(c, name)) % unit:
+        parts = " x ".join([f"{world} processes"] * (world > 1) + [f"--minibatches {c.minibatches}"] * hasattr(c, "minibatches"))
+        raise UserError(f"--{name} {n} = {n / unit:.2f} x {parts} does not divide: use --{name} {' or '.join(str(m) for m in (n // unit * unit, (n // unit + 1) * unit) if m)}")
+    folder, size = Path(f"runs/{c.size}"), "" if c.size == "tiny" else f" --size {c.size}"
+    for flag, path in {"init": c.init, "value": getattr(c, "value", ""), "judge": getattr(c, "judge", "")}.items():
+        if path and not Path(path).exists():
+            stage = Path(path).name.split("-")[0]
+            script = f"posttrain.py {stage}" if stage in STAGES else f"{stage}.py" if stage in ("pretrain", "anneal", "soup") else ""
+            first = f"make it first (python {script}{size}), or " if script and Path(path).parent == folder else ""
+            raise UserError(f"{path} does not exist: {first}name a run, a checkpoint or a Hugging Face directory with --{flag}")
     for source in (*c.data, *c.val):
-        if source.startswith("runs/") and not Path(source).exists():
-            raise UserError(f"{source} does not exist: make preference pairs first (python posttrain.py prefs), or name your own with --data")
-    if isinstance(c, PPO) and not Path(c.value).exists():
-        raise UserError(f"{c.value} does not exist: train a reward model first (python posttrain.py rm), or name another start with --value")
+        if Path(source).parent.name == "prefs" and not Path(source).exists():
+            raise UserError(f"{source} does not exist: make preference pairs first (python posttrain.py prefs{size}), or name your own with --data")
 
 
 def run_stage(stage: str, c: Common, origin: dict[str, str]) -> None:
@@ -1391,7 +1315,7 @@ class Recipe:
     out: str = ""  # the runs' folder; none: runs/<size>
     seed: Count = 1  # of every stage
     share: float = 1.0  # of each stage's steps: 0.05 for a quick look
-    questions: Count = 500  # held-out questions of each kind in the table at the end, tiny alone
+    questions: Count = 500  # held-out questions of each kind in the table at the end, which tiny alone has
     device: str = "auto"  # auto, cpu, mps, cuda
     threads: Count = 0  # CPU threads; 0: torch's choice
 
@@ -1413,20 +1337,20 @@ def run_recipe(arguments: list[str]) -> None:
     c = parse(Recipe(size=size), arguments, __doc__)
     if c.rl not in ("", "ppo", "grpo"):
         raise UserError(f"--rl {c.rl} must be grpo or ppo")
+    check(c)
     folder = Path(c.out or f"runs/{size}")
-    base = c.init or str(folder / next((name for name in BEFORE["sft"] if (folder / name).exists()), BEFORE["sft"][0]))
-    made = [base]
+    made = [c.init or str(folder / next((name for name in BEFORE["sft"] if (folder / name).exists()), BEFORE["sft"][0]))]
     with one_voice():
         for stage, k in stages_of(size, c.rl):
-            more = dict(seed=c.seed, share=c.share, device=c.device, threads=c.threads) | ({"round": k} if hasattr(STAGES[stage], "round") else {}) | ({"init": base} if stage == "sft" else {})
-            settled, origin = settings(stage, ["--size", size], folder, **more)
+            more = dict(seed=c.seed, share=c.share, device=c.device, threads=c.threads) | ({"round": k} if hasattr(STAGES[stage], "round") else {})
+            settled, origin = settings(stage, ["--size", size], folder, **more | ({"init": made[0]} if stage == "sft" else {}))
             check(settled)
             print(f"---- {stage}{f' {k}' if k > 1 else ''}", flush=True)
             run_stage(stage, settled, origin)
             made += [settled.out] if stage not in ("prefs", "rm") else []
-        if size == "tiny" and rank_and_world()[0] == 0:
+        if size == "tiny":
             report(folder, made, c)
-        elif size != "tiny":
+        else:
             print(f"next: python eval.py {' '.join(made)} --tasks gsm8k ifeval (see the README's Benchmarks)")
 
 
@@ -1439,26 +1363,25 @@ def report(folder: Path, made: list[str], c: Recipe) -> None:
         model, tokenizer = OLMo2.load(path, device=device), get_tokenizer(find_weights(path)[0])
         sources = by_source(token_files([embedded_corpus(tokenizer)], "val"))
         bpb = bits_per_byte_by_source(model, {name: sources[name] for name in ("docs", "code")}, min(256, model.config.context), tokenizer)
-        table[path] = {f"{name} bpb": value for name, value in bpb.items()} | quiz(model, tokenizer, held_out_prompts(c, tokenizer), 48)
+        table[path] = {f"{name} bpb": value for name, value in bpb.items()} | quiz(model, tokenizer, read_prompts(LAPTOP["quiz"], c, tokenizer, held_out=True), 48)
+    if rank_and_world()[0]:
+        return
     print_table(table)
     write_json(folder / "pipeline.json", table)
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained", width_ratios=(3, 4, 4))
-    names = [Path(path).name for path in table]
     for axis, columns, title in ((axes[0], ("docs bpb", "code bpb"), "Held-out bits per byte"), (axes[1], ("format %", "constraints %", "sums %"), "Held-out answers, %")):
+        width = 0.8 / len(columns)
         for i, column in enumerate(columns):
-            width = 0.8 / len(columns)
-            axis.bar([x + (i + 0.5) * width - 0.4 for x in range(len(names))], [row[column] for row in table.values()], width, label=column)
-        axis.set(title=title, xticks=range(len(names)), xticklabels=names)
+            axis.bar([x + (i + 0.5) * width - 0.4 for x in range(len(table))], [row[column] for row in table.values()], width, label=column)
+        axis.set(title=title, xticks=range(len(table)), xticklabels=[Path(path).name for path in table])
         axis.legend(fontsize=8)
-    for path in made:
-        rows = [row for row in read_metrics(Path(path)) if row["event"] == "step" and "right" in row]
-        if rows:
-            axes[2].plot([row["step"] for row in rows], [100 * row["right"] for row in rows], linewidth=0.9, label=f"{Path(path).name}: sampled answers that are right, %")
-            evals = [row for row in read_metrics(Path(path)) if row["event"] == "eval"]
-            axes[2].plot([row["step"] for row in evals], [row["held_out"]["sums %"] for row in evals], marker="o", label="held-out sums, %")
+    for path in made[3:]:  # after the base, SFT and DPO: RLVR
+        steps, evals = ([row for row in read_metrics(Path(path)) if row["event"] == event] for event in ("step", "eval"))
+        axes[2].plot([row["step"] for row in steps], [100 * row["right"] for row in steps], linewidth=0.9, label="sampled answers that are right, %")
+        axes[2].plot([row["step"] for row in evals], [row["held_out"]["sums %"] for row in evals], marker="o", label="held-out sums, %")
     axes[2].set(title="RLVR", xlabel="step", ylim=(0, 101))
     axes[2].legend(fontsize=8)
     figure.savefig(folder / "pipeline.png", dpi=110)

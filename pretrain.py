@@ -237,12 +237,17 @@ def layout(c: Config, world: int) -> tuple[int, int, int]:
         parts = f"{world} processes" if unit == world else f"{f'{world} processes x ' if world > 1 else ''}--micro-batch {micro_batch}"
         raise UserError(f"--batch {c.batch} = {c.batch / unit:.2f} x {parts} does not divide: "
                         f"use --batch {' or '.join(str(b) for b in (below, below + unit) if b)}")
+    return shard_size(c, world), c.batch // world, micro_batch
+
+
+def shard_size(c: Config, world: int) -> int:
+    """Processes per copy of the weights. UserError: what does not divide."""
     shard = min(c.shard or world, world)
     if world % shard:
         near = [n for n in range(world, 0, -1) if world % n == 0]
         raise UserError(f"{world} processes = {world / shard:.2f} x --shard {shard} does not divide: use --shard "
                         f"{next(n for n in near if n < shard)} or {min(n for n in near if n > shard)}")
-    return shard, c.batch // world, micro_batch
+    return shard
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -329,7 +334,7 @@ def make_mesh(c: Config, device: torch.device) -> DeviceMesh | None:
     if not distributed.is_initialized():
         return None
     world = distributed.get_world_size()
-    shard, _, _ = layout(c, world)
+    shard = shard_size(c, world)
     sizes, names = ((world // shard, shard), ("replicate", "shard")) if shard < world else ((shard,), ("shard",))
     return init_device_mesh(device.type, sizes, mesh_dim_names=names)
 
@@ -484,7 +489,7 @@ def save_state(run: Path, state: dict, tensors: dict[str, dict], config: ModelCo
 
     def commit() -> None:
         write_json(aside / "manifest.json", {name: entry for part in hashes for name, entry in part.items()})
-        for path in (aside / "manifest.json", aside / "model", aside / "optim", aside):
+        for path in (aside / "manifest.json", *(aside / part for part in tensors), aside):
             sync(path)
         if final.exists():  # a damaged state of the same step, which was not resumed from
             shutil.rmtree(final)
@@ -626,6 +631,14 @@ def load_state(folder: Path, config: ModelConfig, tensors: dict[str, dict[str, T
 
 def describe_data(data: TokenData) -> dict:
     return {"hash": data.hash, "files": [str(path) for path in data.files], "tokens": sum(s["tokens"] for s in data.sidecars)}
+
+
+def enter_run(c: Config, origin: dict[str, str], data: dict, start: str | None) -> None:
+    """`open_run` on rank 0, and all see it. Raises UserError."""
+    rank, _ = rank_and_world()
+    together(lambda: rank or open_run(c, origin, data, start))
+    if not all(from_all((Path(c.out) / "run.json").exists())):
+        raise UserError(f"not all nodes see {c.out}: --out must lie on a disk that they share", everywhere=True)
 
 
 def open_run(c: Config, origin: dict[str, str], data: dict, start: str | None) -> Path:
@@ -847,9 +860,8 @@ def open_data(c: Config, tokenizer: Tokenizer) -> tuple[TokenData, dict[str, lis
     return together(look)
 
 
-def train(c: Config, origin: dict[str, str]) -> Path:
-    """Train, or go on with, the run that `c` describes; returns its folder. Raises UserError. Under torchrun, all ranks do."""
-    check(c)
+def start_machine(c: Config) -> torch.device:
+    """Meet the other ranks, with the threads and the memory of a fresh process. Raises UserError."""
     keep_freed_memory(True)
     device = start_ranks(c)
     if device.type == "cuda":  # of a run before this one, in the same process
@@ -858,6 +870,13 @@ def train(c: Config, origin: dict[str, str]) -> Path:
         torch.cuda.reset_peak_memory_stats()
     if c.threads:
         torch.set_num_threads(c.threads)
+    return device
+
+
+def train(c: Config, origin: dict[str, str]) -> Path:
+    """Train, or go on with, the run that `c` describes; returns its folder. Raises UserError. Under torchrun, all ranks do."""
+    check(c)
+    device = start_machine(c)
     rank, world = rank_and_world()
     # ---- tokens per step
     shard, rows, micro_batch = layout(c, world)
@@ -868,9 +887,7 @@ def train(c: Config, origin: dict[str, str]) -> Path:
     data, val, shares = open_data(c, tokenizer)
     folder = Path(c.out)
     start = Path(c.init) / "manifest.json"  # a state of the same name may be of another run by now
-    together(lambda: rank or open_run(c, origin, describe_data(data), sha256(start)[:12] if c.moments and start.exists() else None))
-    if not all(from_all((folder / "run.json").exists())):
-        raise UserError(f"not all nodes see {folder}: --out must lie on a disk that they share", everywhere=True)
+    enter_run(c, origin, describe_data(data), sha256(start)[:12] if c.moments and start.exists() else None)
     # ---- model and optimizer: shapes first, so that no process ever holds more than its shards
     if c.init:
         source, weights = together(lambda: find_weights(c.init))

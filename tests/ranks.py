@@ -89,6 +89,12 @@ def mean_of_means(rank: int) -> None:
     pretrain.all_sum = lambda values: values * int(os.environ["WORLD_SIZE"]) if values.ndim == 0 and not values.is_floating_point() else real(values)
 
 
+def no_stages(rank: int) -> None:
+    """posttrain.py's recipe finds its runs made."""
+    import posttrain
+    posttrain.run_stage = lambda stage, c, origin: pretrain.start_machine(c)
+
+
 def recorded_rollouts(rank: int) -> None:
     """posttrain.py gets the same answers at any world size, whatever a last bit does to sampling."""
     import numpy as np
@@ -99,10 +105,9 @@ def recorded_rollouts(rank: int) -> None:
         for prompt, seed in zip(prompts, seeds):
             draw = np.random.default_rng(seed)
             ids = [*draw.integers(0, 900, draw.integers(1, max_new_tokens)).tolist(), tokenizer.eos]
-            tokens, targets = np.array(prompt.tokens + ids), np.full(len(prompt.tokens) + len(ids), -100)
-            targets[len(prompt.tokens) - 1 : -1] = ids
-            log_probs = torch.where(torch.tensor(targets) != -100, -2.0 * torch.tensor(draw.random(len(targets))), 0.0).float()
-            made.append(posttrain.Answer(posttrain.Example(tokens, targets), log_probs, tokenizer.decode(ids[:-1]), True, bool(draw.random() < 0.5)))
+            n, T = len(prompt.tokens), len(prompt.tokens) + len(ids)
+            log_probs = torch.cat((torch.zeros(n - 1), torch.tensor(-2.0 * draw.random(len(ids))).float(), torch.zeros(1)))
+            made.append(posttrain.Answer(posttrain.Example(np.array(prompt.tokens + ids), np.arange(T) >= n), log_probs, tokenizer.decode(ids[:-1]), True, bool(draw.random() < 0.5)))
         return made
 
     posttrain.answers = answers

@@ -1,4 +1,5 @@
 """posttrain.py: rendering, objectives against trl's, data in the published layouts, each stage as users run it, many ranks, bad input."""
+import contextlib
 import doctest
 import gzip
 import json
@@ -19,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import posttrain as module
 from data import get_tokenizer, rlvr_rows
 from model import ModelConfig, OLMo2, UserError
-from posttrain import (DPO, GRPO, PPO, Example, answers, dpo_loss, encode_conversations, gae, grpo_advantages, grpo_loss, micro_batches, pair_scores,
-                       read_examples, read_prompts, read_rows, roll_out, row_seed, settings, token_weights)
+from posttrain import (DPO, GRPO, PPO, SFT, Example, answers, dpo_loss, encode_conversations, gae, grpo_advantages, grpo_loss, micro_batches,
+                       read_examples, read_prompts, read_rows, roll_out, row_seed, sequence_scores, settings, token_weights)
 from pretrain import list_states, read_metrics
 
 
@@ -113,8 +114,8 @@ def test_a_row_without_a_label_is_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in (say("Hi", "Yes"), say("Hi"), say("word " * 50, "Yes"))))
     with pytest.raises(UserError, match=r"rows.jsonl, line 2: no assistant speaks in it; .*line 3: no word of the assistant is left in the first 20 tokens.*--drop"):
-        read_examples((str(path),), [], ("messages",), get_tokenizer("laptop"), 20, False)
-    assert len(read_examples((str(path),), [], ("messages",), get_tokenizer("laptop"), 20, True)) == 1
+        read_examples((str(path),), SFT(max_length=20), ("messages",), get_tokenizer("laptop"))
+    assert len(read_examples((str(path),), SFT(max_length=20, drop=True), ("messages",), get_tokenizer("laptop"))) == 1
 
 
 # ---- objectives
@@ -172,11 +173,12 @@ def test_dpo_equals_trl(trl_pair, tmp_path, normalize, loss_type, beta):
     tokenizer = get_tokenizer("laptop")
     flat = encode_conversations(tokenizer, [row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")], 128)
     c, values = DPO(normalize=normalize, beta=beta), []
+    scores = lambda model, tokens, targets: sequence_scores(model.log_probs(tokens, targets), (targets != -100).float(), c.normalize).chunk(2)
     model.zero_grad()
     for _, tokens, targets in micro_batches([tuple(flat[i : i + 2]) for i in (0, 2, 4)], 2):  # two micro-batches, of two and one
         with torch.no_grad():
-            before = pair_scores(reference, c, tokens, targets)
-        loss, _, _ = dpo_loss(*pair_scores(model, c, tokens, targets), *before, c.beta)
+            before = scores(reference, tokens, targets)
+        loss, _, _ = dpo_loss(*scores(model, tokens, targets), *before, c.beta)
         (loss.sum() / 3).backward()
         values.append(loss.sum().item() / 3)
     assert abs(sum(values) - their_loss.item()) < 1e-5
@@ -197,7 +199,7 @@ def test_grpo_equals_trl(trl_pair, tmp_path, denominator, loss_type):
     responses = [torch.randint(0, 900, (n,), generator=generator).tolist() for n in (12, 3, 6, 9)]
     rewards = torch.tensor([[10.0, 0.0], [0.0, 10.0]])
     advantages = grpo_advantages(rewards).flatten()
-    examples = [Example(np.array(p + r), np.array([-100] * (len(p) - 1) + r + [-100])) for p, r in zip(prompts, responses)]
+    examples = [Example(np.array(p + r), np.arange(len(p) + len(r)) >= len(p)) for p, r in zip(prompts, responses)]
     (_, tokens, targets), = [(None, *batch[1:]) for batch in micro_batches([(example,) for example in examples], 4)]
     by_length = sorted(range(4), key=lambda n: len(examples[n].tokens))
     mask = (targets != -100).float()
@@ -263,26 +265,26 @@ def test_layouts_and_compressions_give_the_same_rows(tmp_path):
     gzip.open(tmp_path / "b.jsonl.gz", "wt").write(text)
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "c.parquet")
     tokenizer = get_tokenizer("laptop")
-    found = [read_prompts((str(tmp_path / name),), [], tokenizer, 999, 0) for name in ("a.jsonl", "b.jsonl.gz", "c.parquet")]
+    found = [read_prompts((str(tmp_path / name),), SFT(), tokenizer) for name in ("a.jsonl", "b.jsonl.gz", "c.parquet")]
     assert found[0] == found[1] == found[2] and [prompt.label for prompt in found[0]] == list("01234")
     assert found[0][0].messages == say("Question 0?") and found[0][0].verifier == "gsm8k"  # the answer is not shown
-    examples = [read_examples((str(tmp_path / name),), [], ("messages",), tokenizer, 999, False) for name in ("a.jsonl", "c.parquet")]
+    examples = [read_examples((str(tmp_path / name),), SFT(), ("messages",), tokenizer) for name in ("a.jsonl", "c.parquet")]
     assert module.fingerprint(examples[0]) == module.fingerprint(examples[1])
-    assert read_rows((str(tmp_path / "c.parquet"),))[2][0].endswith("c.parquet, row 3")
+    assert read_rows((str(tmp_path / "c.parquet"),), SFT())[2][0].endswith("c.parquet, row 3")
 
 
 @pytest.mark.parametrize("row, words", [
     ({"messages": "Hi"}, 'expected a list of messages under "messages"'), ({"messages": []}, "expected a list of messages"), ({}, "expected a list of messages"),
     ({"messages": [{"role": "human", "content": "x"}]}, "message 0: expected a role"), ({"messages": [{"role": "user", "content": None}]}, "message 0: expected a role"),
     ({"messages": say("x"), "ground_truth": "1", "dataset": "gsm8"}, "verifier 'gsm8', did you mean gsm8k?"), ({"messages": say("x"), "dataset": "math"}, 'under "ground_truth", got None'),
-    ({"messages": say("x"), "ground_truth": "{", "dataset": "ifeval"}, "is no constraint"), ({"messages": say("x"), "ground_truth": '{"func_name": "f"}', "dataset": "ifeval"}, "unknown constraint 'f'"),
+    ({"messages": say("x"), "ground_truth": "{", "dataset": "ifeval"}, "cannot be checked"), ({"messages": say("x"), "ground_truth": '{"func_name": "f"}', "dataset": "ifeval"}, "unknown constraint 'f'"),
     ({"messages": [{"role": "assistant", "content": "x"}], "ground_truth": "1", "dataset": "math"}, "no prompt before")])
 def test_bad_rows_are_named_with_file_and_line(tmp_path, row, words):
     path = tmp_path / "bad.jsonl"
     good = {"messages": say("x"), "ground_truth": "1", "dataset": "math"}
     path.write_text("".join(json.dumps(r) + "\n" for r in (good, row, good, row)))
     with pytest.raises(UserError) as error:
-        read_prompts((str(path),), [], get_tokenizer("laptop"), 99, 0)
+        read_prompts((str(path),), GRPO(), get_tokenizer("laptop"))
     assert "bad.jsonl, line 2: " in str(error.value) and "line 4: " in str(error.value) and words in str(error.value)
 
 
@@ -302,7 +304,7 @@ def test_embedded_rows_are_verified_and_no_held_out_one_is_trained_on():
 def test_gsm8k_rows_become_few_shot_prompts():
     path = SHARED / "gsm8k_train.jsonl"
     rows = [json.loads(line) for line in open(path)]
-    prompts = read_prompts((str(path),), [], get_tokenizer("laptop"), 10**6, 8)
+    prompts = read_prompts((str(path),), GRPO(prompt_length=10**6), get_tokenizer("laptop"))
     assert len(prompts) == len(rows) - 8
     text = prompts[0].messages[0]["content"]
     assert text.count("Question: ") == 9 and text.endswith(f"Question: {rows[8]['question']}\nAnswer:") and "<<" not in text and "####" not in text
@@ -389,24 +391,32 @@ def test_a_reward_model_opens_in_transformers(here, base, pairs, capsys):
     assert "holds a reward model" in fails(module.main, ["sft", "--init", "runs/rm-open"], capsys)
 
 
-def test_sft_learns_and_replays_text(here, base):
-    rows = run("sft", "runs/sft-learns", "--init", base, "--steps", "60", "--eval-every", "60", "--lr", "5e-3", "--replay", "0.1")
-    evals = [row["held_out"] for row in read_metrics(here / "runs/sft-learns") if row["event"] == "eval"]
-    assert evals[-1]["loss"] < 0.5 * evals[0]["loss"] and rows[-1]["tokens"] > 60 * 16 * 45
+@pytest.fixture(scope="module")
+def talker(workplace, base):
+    """A run of a little fine-tuning on the embedded data: its answers end."""
+    with contextlib.chdir(workplace):
+        run("sft", "runs/talker", "--init", base, "--steps", "60", "--eval-every", "60", "--lr", "5e-3")
+    return "runs/talker"
 
 
-def test_prefs_are_the_published_layout_and_go_on_where_they_were(here, base, capsys):
-    """A model that knows nothing, and a verifier that some of its answers satisfy."""
-    rows = [{"messages": say(f"Write {i}."), "ground_truth": json.dumps({"func_name": "verify_letter_frequency", "letter": "e", "N": 2}), "dataset": "ifeval"} for i in range(12)]
+def test_sft_learns_and_replays_text(here, talker):
+    evals = [row["held_out"] for row in read_metrics(here / talker) if row["event"] == "eval"]
+    assert evals[-1]["loss"] < 0.5 * evals[0]["loss"] and evals[-1]["format %"] > 50
+    assert read_metrics(here / talker)[-1]["tokens"] > 60 * 16 * 50  # conversations alone have 45
+
+
+def test_prefs_are_the_published_layout_and_go_on_where_they_were(here, base, talker, capsys):
+    """A verifier that some of the answers satisfy."""
+    rows = [{"messages": row["messages"], "ground_truth": json.dumps({"func_name": "verify_letter_frequency", "letter": "e", "N": 2}), "dataset": "ifeval"}
+            for row in rlvr_rows("ifeval", "train", 23)]
     (here / "any.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--init", base, "--data", "any.jsonl", "--prompts", "4", "--steps", "0", "--response-length", "12"]
+    flags = ["--init", talker, "--data", "any.jsonl", "--prompts", "8", "--steps", "0", "--response-length", "24"]
     run("prefs", "runs/prefs-whole", *flags)
     made = [json.loads(line) for line in open(here / "runs/prefs-whole/train.jsonl")]
     assert made and not list((here / "runs/prefs-whole").glob(".train*"))
     for row in made:
         assert row["chosen"][:-1] == row["rejected"][:-1] == say(row["prompt"]) and (row["chosen_rating"], row["rejected_rating"]) == (10.0, 0.0)
         assert module.VERIFIERS["ifeval"](row["chosen"][-1]["content"].strip(), rows[0]["ground_truth"])
-        assert not module.VERIFIERS["ifeval"](row["rejected"][-1]["content"].strip(), rows[0]["ground_truth"])
     real = module.answers
     calls = []
 
@@ -422,10 +432,15 @@ def test_prefs_are_the_published_layout_and_go_on_where_they_were(here, base, ca
     run("prefs", "runs/prefs-again", *flags)
     assert "going on" in capsys.readouterr().out
     assert (here / "runs/prefs-again/train.jsonl").read_bytes() == (here / "runs/prefs-whole/train.jsonl").read_bytes()
-    run("rm", "runs/prefs-judge", "--init", base, "--data", "runs/prefs-whole/train.jsonl", "--batch", "4", "--steps", "2")
+    for world in (1, 2):
+        statuses, log = launch(world, ["prefs", *QUICK, *flags, "--out", f"runs/prefs-{world}"], script="posttrain")
+        assert statuses == [0] * world, log
+        assert (here / f"runs/prefs-{world}/train.jsonl").read_bytes() == (here / "runs/prefs-whole/train.jsonl").read_bytes()
+    assert "is no reward model" in fails(module.main, ["prefs", *QUICK, *flags, "--judge", talker, "--out", "runs/prefs-no-judge"], capsys)
+    run("rm", "runs/prefs-judge", "--init", base, "--data", "runs/prefs-whole/train.jsonl", "--batch", "2", "--steps", "2")
     run("prefs", "runs/prefs-judged", *flags, "--judge", "runs/prefs-judge")
     judged = [json.loads(line) for line in open(here / "runs/prefs-judged/train.jsonl")]
-    assert len(judged) == 12 and all(row["chosen_rating"] > row["rejected_rating"] for row in judged)
+    assert len(judged) == 23 and all(row["chosen_rating"] > row["rejected_rating"] for row in judged)
 
 
 @needs_shared
@@ -443,24 +458,22 @@ def test_grpo_on_real_gsm8k_text(here):
 
 def test_answers_do_not_depend_on_their_company_and_rewards_follow_the_rules(here, base, monkeypatch):
     tokenizer, model = get_tokenizer("laptop"), OLMo2.load(base)
-    prompts = read_prompts((), [("", row) for row in rlvr_rows("gsm8k", "train", 12)], tokenizer, 99, 0)
+    prompts = read_prompts(("embedded/sums",), SFT(), tokenizer)[:12]
     together = answers(model, tokenizer, prompts, list(range(12)), 1.0, 10)
     alone = [answers(model, tokenizer, [prompt], [i], 1.0, 10)[0] for i, prompt in enumerate(prompts)]
     assert [a.text for a in together] == [a.text for a in alone]
     for answer, prompt in zip(together, prompts):
         spoken = answer.example.tokens[len(prompt.tokens):]
         assert answer.example.targets[len(prompt.tokens) - 1 : -1].tolist() == spoken.tolist() and (answer.example.targets[: len(prompt.tokens) - 1] == -100).all()
+        assert answer.example.prompt == prompt.tokens
         with torch.no_grad():
             expected = model.log_probs(torch.tensor(answer.example.tokens)[None], torch.tensor(answer.example.targets)[None])[0]
         assert (answer.log_probs - expected).abs().max() < 1e-4
         assert answer.ended == (spoken[-1] == tokenizer.eos) and "<|endoftext|>" not in answer.text
 
-    class Step:
-        step = 3
-
     monkeypatch.setattr(module, "answers", lambda *_: [module.Answer(a.example, a.log_probs, a.text, i % 3 > 0, i % 2 == 0) for i, a in enumerate(together[:8])])
     for c, unended in ((GRPO(prompts=4, samples=2, minibatches=2), 0.0), (PPO(prompts=8), -10.0)):
-        rewards = roll_out(model, tokenizer, prompts, c, Step, torch.device("cpu")).rewards
+        rewards = roll_out(model, tokenizer, prompts, c, 3).rewards
         assert rewards.tolist() == [(10.0 if i % 2 == 0 else 0.0) if i % 3 > 0 else unended for i in range(8)]  # replaced, not added
 
 
@@ -470,18 +483,15 @@ def test_prompts_and_seeds_of_a_step_do_not_depend_on_the_world_size(monkeypatch
 
     def answers(model, tokenizer, asked, seeds, *_):
         seen.setdefault(world, []).append(list(zip(asked, seeds)))
-        return [module.Answer(Example(np.array([1, 2]), np.array([2, -100])), torch.zeros(2), "", True, i % 2 == 0) for i in range(len(asked))]
+        return [module.Answer(Example(np.array([1, 2]), np.array([False, True])), torch.zeros(2), "", True, i % 2 == 0) for i in range(len(asked))]
 
     monkeypatch.setattr(module, "answers", answers)
     c = GRPO(prompts=8, samples=3, minibatches=2)
 
-    class Step:
-        step = 11
-
     for world in (1, 2, 4):
         for rank in range(world):
             monkeypatch.setattr(module, "rank_and_world", lambda: (rank, world))
-            roll_out(None, None, prompts, c, Step, None)
+            roll_out(None, None, prompts, c, 11)
     for world in (2, 4):
         half = lambda w, m: sorted(pair for rows in seen[w] for pair in rows[m * len(rows) // 2 : (m + 1) * len(rows) // 2])
         assert half(world, 0) == half(1, 0) and half(world, 1) == half(1, 1)  # the same mini-batches, too
@@ -491,10 +501,11 @@ def test_prompts_and_seeds_of_a_step_do_not_depend_on_the_world_size(monkeypatch
 # ---- many ranks
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo", "rm", "grpo", "ppo"])
-def test_two_ranks_compute_what_one_does(here, base, pairs, stage):
-    flags = [*flags_of(stage, base, pairs), *QUICK, "--lr", "1e-3"]
+@pytest.mark.parametrize("stage, more", [("sft", []), ("dpo", []), ("dpo", ["--no-reshard"]), ("rm", []), ("grpo", []), ("grpo", ["--no-reshard"]), ("ppo", [])])
+def test_two_ranks_compute_what_one_does(here, base, pairs, stage, more):
+    flags = [*flags_of(stage, base, pairs), *QUICK, "--lr", "1e-3", *more]
     for world in (1, 2):
+        shutil.rmtree(here / f"runs/{stage}-{world}", ignore_errors=True)
         statuses, log = launch(world, [stage, *flags, "--out", f"runs/{stage}-{world}"], script="posttrain", fault="recorded_rollouts" if stage in ("grpo", "ppo") else "")
         assert statuses == [0] * world, log
     one, two = ([row for row in read_metrics(here / f"runs/{stage}-{world}") if row["event"] == "step"] for world in (1, 2))
@@ -504,6 +515,17 @@ def test_two_ranks_compute_what_one_does(here, base, pairs, stage):
             assert abs(a[name] - b[name]) <= 1e-5 * max(1, abs(a[name])), (stage, name, a, b)
     weights = [load_file(here / f"runs/{stage}-{world}/hf/model.safetensors") for world in (1, 2)]
     assert max((weights[0][name] - weights[1][name]).abs().mean() for name in weights[0]) < 1e-6  # Adam may turn a gradient of nearly 0 either way
+
+
+def test_the_table_at_the_end_is_made_by_two_ranks_together(here, base):
+    for name in ("sft", "dpo", "grpo-1"):
+        shutil.copytree(base, here / "runs/two-ranks" / name)
+    (here / "runs/two-ranks/prefs").mkdir()
+    for split in ("train", "val"):
+        (here / f"runs/two-ranks/prefs/{split}.jsonl").touch()
+    statuses, log = launch(2, ["--init", base, "--out", "runs/two-ranks", "--questions", "3", "--threads", "1"], script="posttrain", fault="no_stages")
+    assert statuses == [0, 0] and log.count("docs bpb") == 1, log
+    assert list(json.loads((here / "runs/two-ranks/pipeline.json").read_text())) == [base, *(f"runs/two-ranks/{name}" for name in ("sft", "dpo", "grpo-1"))]
 
 
 # ---- settings and errors
@@ -520,6 +542,15 @@ def test_published_values_of_each_size():
     assert settings("ppo", ["--size", "13B", "--round", "3"])[0].init == "runs/13B/ppo-2" and not values["sft", "32B"].bos
 
 
+def test_own_pairs_stand_beside_the_released_ones(tmp_path):
+    (tmp_path / "prefs").mkdir()
+    (tmp_path / "prefs/train.jsonl").touch()
+    c, _ = settings("dpo", ["--size", "1B"], tmp_path)
+    assert c.data == ("allenai/olmo-2-0425-1b-preference-mix", str(tmp_path / "prefs/train.jsonl")) and c.val == ()  # prefs had no held-out prompts
+    (tmp_path / "prefs/val.jsonl").touch()
+    assert settings("dpo", ["--size", "1B"], tmp_path)[0].val == (str(tmp_path / "prefs/val.jsonl"),)
+
+
 @pytest.mark.parametrize("size, rl, expected", [
     ("tiny", "", "sft prefs dpo grpo"), ("tiny", "ppo", "sft prefs rm dpo ppo"), ("1B", "", "sft prefs dpo grpo grpo"), ("7B", "", "sft prefs rm dpo ppo"),
     ("13B", "", "sft prefs rm dpo ppo ppo ppo"), ("32B", "", "sft prefs dpo grpo"), ("7B", "grpo", "sft prefs dpo grpo")])
@@ -533,8 +564,10 @@ def test_the_recipe_of_each_size(size, rl, expected):
     (["sft", "--init", "BASE", "--batch", "0"], "--batch 0 must be at least 1"), (["sft", "--init", "BASE", "--max-length", "999"], "takes 128 tokens at most: lower --max-length"),
     (["grpo", "--init", "BASE", "--prompts", "15"], "--prompts 15 = 7.50 x --minibatches 2 does not divide: use --prompts 14 or 16"),
     (["grpo", "--init", "BASE", "--samples", "1"], "--samples 1 must be at least 2"), (["grpo", "--init", "BASE", "--denominator", "mean"], "--denominator mean must be"),
-    (["grpo", "--init", "BASE", "--round", "2"], "--round 2: tiny has 1 of grpo"), (["ppo", "--init", "BASE"], "train a reward model first (python posttrain.py rm)"),
-    (["sft", "--init", "BASE", "--data", "none.jsonl"], "none.jsonl does not exist"), (["sft", "--init", "BASE", "--data", "some.txt"], "expected a file .jsonl"),
+    (["grpo", "--init", "BASE", "--round", "2"], "--round 2: tiny has 1 of grpo"), (["ppo", "--init", "BASE"], "runs/tiny/rm does not exist: make it first (python posttrain.py rm)"),
+    (["sft", "--init", "BASE", "--data", "none.jsonl"], "none.jsonl does not exist"), (["sft", "--init", "BASE", "--data", "some.txt"], "expected a file .jsonl"), (["sft", "--init", "BASE", "--data", "embedded/instruction"], "did you mean embedded/instruct?"),
+    (["sft", "--size", "7B"], "runs/7B/soup does not exist: make it first (python soup.py --size 7B)"), (["grpo", "--size", "7B", "--init", "BASE"], "--data: 7B has no data of its own"),
+    (["sft", "--init", "BASE", "--replay", "1"], "--replay 1.0 must be from 0 to below 1"), (["--share", "nan"], "--share nan must be above 0"),
     (["sft", "--init", "BASE", "--schedule", "cosine"], "--schedule cosine must be linear or constant"), (["--rl", "dpo"], "--rl dpo must be grpo or ppo"),
     (["sft", "--init", "BASE", "--data", "allenai/none-such"], "allenai/none-such cannot be read")])
 def test_bad_input_is_one_line(here, base, capsys, arguments, words):
