@@ -42,7 +42,7 @@ from tqdm import tqdm
 from anneal import LAPTOP_MIX
 from data import TokenData, Tokenizer, embedded_corpus, get_tokenizer, instruct_rows, mix_files, mix_sources, rlvr_rows, token_files
 from eval import bits_per_byte_by_source, by_source, is_right, json_lines, print_table, rlvr_constraint, verify_gsm8k, verify_ifeval, verify_math
-from model import (OLMo2, UserError, best_device, checksum, find_weights, from_all, load_tensors, rank_and_world, read_config, run_cli, together,
+from model import (OLMo2, UserError, best_device, checksum, find_weights, from_all, load_tensors, rank_and_world, read_config, read_json, run_cli, together,
                    write_json)
 from pretrain import (Count, Run, all_sum, clip_gradients, enter_run, export, format_seconds, leave_ranks, load_state, lost_rank, make_mesh, make_optimizer, newest_state,
                       one_voice, parse, prepare, read_metrics, self_check, shard_size, size_of, sole_writer, start_machine, tensors_of)
@@ -232,7 +232,7 @@ class Common:
     micro_batch: Count = 2  # at most so many rows per forward and backward of a process; fewer take less memory
     clip: float = 1.0  # largest global L2 norm of the gradient
     beta1: float = 0.9  # AdamW (finetune.py: torch's values)
-    beta2: float = 0.999  # AdamW
+    beta2: float = 0.999  # AdamW, likewise
     eps: float = 1e-8  # AdamW
     weight_decay: float = 0.0  # AdamW
     response_length: Count = 2048  # tokens of an answer at most, where the model writes
@@ -257,7 +257,7 @@ class Common:
 
 @dataclass(frozen=True)
 class SFT(Common):
-    # ---- supervised fine-tuning: rows {messages: [{role, content}, ...]}
+    """Supervised fine-tuning: rows {messages: [{role, content}, ...]}."""
     batch: Count = 128  # conversations per optimizer step, over all processes
     epochs: Count = 2  # times that each row is seen
     max_length: Count = 4096  # tokens of a conversation; what is longer loses its end
@@ -268,16 +268,16 @@ class SFT(Common):
 
 @dataclass(frozen=True)
 class RM(Common):
-    # ---- reward model: rows {chosen: messages, rejected: messages}
+    """Reward model: rows {chosen: messages, rejected: messages}."""
     batch: Count = 256  # pairs per optimizer step
-    epochs: Count = 1
-    max_length: Count = 2048
+    epochs: Count = 1  # times that each row is seen
+    max_length: Count = 2048  # tokens of a conversation; what is longer loses its end
     drop: bool = False  # leave out rows in which nothing is left to compare
 
 
 @dataclass(frozen=True)
 class DPO(RM):
-    # ---- direct preference optimization: rows as for the reward model
+    """Direct preference optimization: rows as for the reward model."""
     batch: Count = 128  # pairs per optimizer step
     beta: float = 5.0  # with normalize; 0.1 is usual without
     normalize: bool = True  # scores are means over tokens (dpo_norm), not sums
@@ -285,10 +285,10 @@ class DPO(RM):
 
 @dataclass(frozen=True)
 class Sampling(Common):
-    # ---- rows {messages, ground_truth, dataset}: `dataset` names the verifier (gsm8k, math, ifeval; ours: qa, instruct)
+    """Rows {messages, ground_truth, dataset}: `dataset` names the verifier (gsm8k, math, ifeval; ours: qa, instruct)."""
     prompts: Count = 48  # prompts per step, over all processes
     samples: Count = 16  # answers per prompt
-    temperature: float = 1.0
+    temperature: float = 1.0  # of sampling; log-probabilities are taken at the same
     prompt_length: Count = 2048  # longer prompts are left out
     reward: float = 10.0  # of a right answer
     shots: Count = 8  # rows {question, answer}, GSM8K's own layout, get the first so many of their file as examples
@@ -296,24 +296,24 @@ class Sampling(Common):
 
 @dataclass(frozen=True)
 class Prefs(Sampling):
-    # ---- preference pairs from the model's own answers: the best one against a random other that is worse
-    samples: Count = 4  # synth_pref/README.md
+    """Preference pairs from the model's own answers: the best one against a random other that is worse."""
+    samples: Count = 4  # answers per prompt (synth_pref/README.md)
     judge: str = ""  # a reward model that scores the answers; none: each row's verifier
 
 
 @dataclass(frozen=True)
 class PPO(Sampling):
-    # ---- RLVR with a value model (ppo_vllm_thread_ray_gtrl.py; paper Table 18)
-    samples: Count = 1
+    """RLVR with a value model (ppo_vllm_thread_ray_gtrl.py; paper Table 18)."""
+    samples: Count = 1  # answers per prompt
     value: str = ""  # the model whose weights the value model starts from; none: runs/<size>/rm
     round: Count = 1  # the 13B ran three: a mix, then GSM8K, then MATH
     minibatches: Count = 1  # optimizer steps per pass over the rollouts
     passes: Count = 4  # over the rollouts of a step (K)
     beta: float = 0.05  # of the KL penalty, k1 in the reward of each token
-    gamma: float = 1.0
+    gamma: float = 1.0  # discount of later rewards
     lam: float = 0.95  # lambda of the advantage estimation
-    clip_range: float = 0.2
-    value_clip: float = 0.2
+    clip_range: float = 0.2  # ratios of new to old probability count between 1 - this and 1 + this
+    value_clip: float = 0.2  # a value may move so far from its old one
     value_weight: float = 0.1  # of the value loss
     value_lr: float = 0.0  # learning rate of the value model; 0: lr
     no_eos: float = -10.0  # reward, instead of any other, of an answer that does not end
@@ -321,12 +321,12 @@ class PPO(Sampling):
 
 @dataclass(frozen=True)
 class GRPO(Sampling):
-    # ---- RLVR without (grpo_vllm_thread_ray_gtrl.py; docs/olmo2.md)
+    """RLVR without one (grpo_vllm_thread_ray_gtrl.py; docs/olmo2.md)."""
     round: Count = 1  # the 1B ran two: a mix, then MATH
     minibatches: Count = 2  # optimizer steps per pass over the rollouts
-    passes: Count = 1
+    passes: Count = 1  # over the rollouts of a step
     beta: float = 0.01  # of the KL penalty, k3 in the loss
-    clip_range: float = 0.2
+    clip_range: float = 0.2  # ratios of new to old probability count between 1 - this and 1 + this
     normalize: bool = True  # advantages in standard deviations of their group
     denominator: str = "token"  # token, constant, sequence: see token_weights
     no_eos: float = 0.0  # reward, instead of any other, of an answer that does not end
@@ -498,6 +498,10 @@ def read_examples(sources: tuple[str, ...], c: SFT | RM, keys: tuple[str, ...], 
     conversations = fit(rows, lambda row: [conversation(row, key) for key in keys])
     flat = encode_conversations(tokenizer, [messages for row in conversations for messages in row], c.max_length)
     examples = [tuple(flat[i : i + len(keys)]) for i in range(0, len(flat), len(keys))]
+    if len(keys) == 2 and not (c.drop or held_out):
+        if alike := [f"{where}: {'the two answers are the same' if better == worse else 'the two answer different prompts'}"
+                     for (where, _), (better, worse) in zip(rows, conversations) if better == worse or better[:-1] != worse[:-1]]:
+            raise UserError(f"{first_five(alike)}: expected two conversations that differ in their last message; --drop leaves such rows out")
     silent = lambda row: not all(any(message["role"] == "assistant" for message in messages) for messages in row)
     empty = [f"{where}: {'no assistant speaks in it' if silent(row) else f'no word of the assistant is left in the first {c.max_length} tokens'}"
              for (where, _), row, each in zip(rows, conversations, examples) if not all(example.spoken[1:].any() for example in each)]
@@ -505,7 +509,8 @@ def read_examples(sources: tuple[str, ...], c: SFT | RM, keys: tuple[str, ...], 
         raise UserError(f"{first_five(empty)}: remove such rows, lengthen --max-length, or leave them out with --drop")
     if empty:
         print(f"          {len(empty):,} of {len(rows):,} rows have nothing to learn from in {c.max_length} tokens and are left out")
-    return [each for each in examples if all(example.spoken[1:].any() for example in each)]
+    return [each for each, row in zip(examples, conversations) if all(example.spoken[1:].any() for example in each)
+            and (len(row) == 1 or row[0] != row[1] and row[0][:-1] == row[1][:-1])]
 
 
 # The verifiers of eval.py by the names in the rows' `dataset`: (answer, label) -> is it right?
@@ -530,10 +535,13 @@ def read_prompts(sources: tuple[str, ...], c: Common, tokenizer: Tokenizer, held
             raise UserError(f'"dataset" names the verifier {verifier!r}{f", did you mean {near[0]}?" if near else ""}: there are {", ".join(VERIFIERS)}')
         if not isinstance(label, str) or not label:
             raise UserError(f'expected the right answer, a text, under "ground_truth", got {label!r}')
+        if verifier == "gsm8k" and not verify_gsm8k(label, label):
+            raise UserError(f'"ground_truth" holds no number, which gsm8k compares: {label[:40]!r}')
         try:  # now, not in the middle of a run: a constraint that is none, a library that is not there
             VERIFIERS[verifier]("x" if verifier == "ifeval" else "", label)
         except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f'"ground_truth" cannot be checked: {error}') from None
+            expected = ', expected as in {"func_name": "validate_end", "end_phrase": "Bye."}' if verifier == "ifeval" and not isinstance(error, UserError) else ""
+            raise UserError(f'"ground_truth" cannot be checked{expected}: {error}') from None
         return Prompt(messages, tokenizer.apply_chat_template(messages, add_generation_prompt=True), verifier, label, str(row.get("source") or verifier),
                       row.get("careful", "") if verifier == "ifeval" else "")
 
@@ -541,7 +549,7 @@ def read_prompts(sources: tuple[str, ...], c: Common, tokenizer: Tokenizer, held
     longest = getattr(c, "prompt_length", 10**9)
     short = [prompt for prompt in prompts if len(prompt.tokens) <= longest]
     if sources and not short:
-        raise UserError(f"none of {len(prompts):,} prompts has at most the {longest} tokens of --prompt-length: the shortest has {min(len(p.tokens) for p in prompts)}"
+        raise UserError(f"none of {len(prompts):,} prompts has at most the {longest} tokens of --prompt-length: the shortest has {min(len(p.tokens) for p in prompts)} (GSM8K's own rows get {getattr(c, 'shots', 0)} worked examples: see --shots)"
                         if prompts else f"{', '.join(sources)}: no row")
     if len(short) < len(prompts):
         print(f"          {len(prompts) - len(short):,} of {len(prompts):,} prompts exceed {longest} tokens and are left out")
@@ -747,15 +755,25 @@ def load_model(c: Common, path: str, device: torch.device, head: str = "lm") -> 
 def open_stage(c: Common, origin: dict[str, str], rows: list, per_step: int, steps: int, tensors: dict[str, dict[str, Tensor]], config, tokenizer: Tokenizer) -> Run:
     """Make the run's folder, or go on with its newest state, which replaces `tensors`; prints what is about to happen."""
     data_hash, device = fingerprint(rows), next(iter(tensors["model"].values())).device
-    enter_run(c, origin, {"hash": data_hash, "files": list(c.data), "rows": len(rows)}, checksum(tensors["model"]))
+    together(lambda: check_stage(c))
+    enter_run(c, origin, {"stage": type(c).__name__.lower(), "hash": data_hash, "files": list(c.data), "rows": len(rows)}, checksum(tensors["model"]))
     state_folder = newest_state(Path(c.out))
     state = load_state(state_folder, config, tensors) if state_folder else {}
     checked = self_check(c, data_hash, tensors["model"], device)
     print(f"run       {c.out}{f', going on from {state_folder.name}' if state_folder else ''}\n"
           f"model     {c.init}: {config.parameters['total']:,} parameters; {device}, {torch.get_num_threads()} threads\n"
           f"check     {checked}\n"
-          f"data      {' '.join(c.data)}, {data_hash}: {len(rows):,} rows; {steps:,} steps of {per_step}, which is {steps * per_step / len(rows):.2f} times all of them", flush=True)
+          f"data      {' '.join(c.data)}, {data_hash}: {len(rows):,} rows; {steps:,} steps of {per_step}, which is {100 * steps * per_step / len(rows):.0f} % of the rows", flush=True)
+    if not (c.val or c.quiz):
+        print("          no held-out rows (--val, --quiz): nothing is measured on the way")
     return Run(c, config, tokenizer, state)
+
+
+def check_stage(c: Common) -> None:
+    """Is the run in --out, if there is one, of this stage? Raises UserError."""
+    stage, path = type(c).__name__.lower(), Path(c.out) / "run.json"
+    if path.exists() and (there := read_json(path)["data"].get("stage", "pretrain or anneal")) != stage:
+        raise UserError(f"{c.out} is a run of {there}, not of {stage}: choose another folder with --out")
 
 
 def number_of_steps(c: Common, rows: int, per_step: int) -> int:
@@ -887,7 +905,7 @@ def sft(c: SFT, origin: dict[str, str]) -> None:
     rows = together(lambda: read_examples(c.data, c, ("messages",), tokenizer))
     val = together(lambda: read_examples(c.val, c, ("messages",), tokenizer, held_out=True))
     questions = together(lambda: read_prompts(c.quiz, c, tokenizer, held_out=True))
-    if c.replay:
+    if rows and c.replay:
         replayed = lambda: replayed_rows(c, tokenizer, round(len(rows) * c.replay / (1 - c.replay)))
         together(lambda: rank or replayed())  # the embedded corpus is made by one, found by the others
         rows += together(replayed)
@@ -921,6 +939,8 @@ def sft(c: SFT, origin: dict[str, str]) -> None:
 
 def replayed_rows(c: SFT, tokenizer: Tokenizer, rows: int) -> list[tuple[Example, ...]]:
     """So many instances of the laptop's stage-2 mix."""
+    if not rows:
+        return []
     files, counts = mix_files(mix_sources(LAPTOP_MIX, "train", tokenizer), rows, c.max_length)
     data = TokenData(files, c.max_length, tokenizer, counts)
     return [(Example(data.instance(i).astype(np.int32), np.ones(c.max_length, bool)),) for i in range(len(data))]
@@ -944,7 +964,8 @@ def prefs(c: Prefs, origin: dict[str, str]) -> None:
     if judge and together(lambda: read_config(find_weights(c.judge)[0])).head != "score":
         raise UserError(f"--judge {c.judge} is no reward model: train one with python posttrain.py rm", everywhere=True)
     weights = "-".join(checksum({name: p.detach() for name, p in m.named_parameters()}) for m in (model, judge) if m)
-    enter_run(c, origin, {"hash": fingerprint(sum(splits.values(), [])), "files": list(c.data), "rows": len(splits["train"])}, weights)
+    together(lambda: check_stage(c))
+    enter_run(c, origin, {"stage": "prefs", "hash": fingerprint(sum(splits.values(), [])), "files": list(c.data), "rows": len(splits["train"])}, weights)
 
     def judged(asked: list[Prompt], step: int) -> list[dict]:
         """The rows of the pairs from these prompts, those of all ranks."""
@@ -993,6 +1014,8 @@ def prefs(c: Prefs, origin: dict[str, str]) -> None:
             print(f"          {sum(1 for _ in json_lines(Path(c.out) / f'{split}.jsonl')):,} pairs from {len(prompts):,} prompts: {c.out}/{split}.jsonl")
 
     together(lambda: rank or merge())
+    if not (Path(c.out) / "train.jsonl").stat().st_size:
+        raise UserError(f"{c.out}/train.jsonl has no pair: the answers to each prompt were all right or all wrong. Ask for more --samples, or other prompts", everywhere=True)
     print(flush=True)
 
 
@@ -1252,9 +1275,10 @@ def settings(stage: str, arguments: list[str], folder: Path | None = None, **mor
         chain["data"] = (*recipe.get("data", ()), str(pairs / "train.jsonl"))
         chain["val"] = (str(pairs / "val.jsonl"),) if size == "tiny" or (pairs / "val.jsonl").exists() else ()
     default = config(**{**recipe, **rounds[k - 1], **chain, **more, "size": size})
-    c = parse(default, arguments, __doc__)
-    if c.data != default.data:  # of other data, what was held out of these says nothing
-        c = dataclasses.replace(c, **{name: () for name in ("val", "quiz") if getattr(c, name) == getattr(default, name)})
+    c = parse(default, arguments, __doc__, prog=f"posttrain.py {stage}")
+    if c.data != default.data:  # of other data, what was held out of these says nothing; nor does the laptop's text belong to them
+        alone = {"val": (), "quiz": (), "replay": 0.0}
+        c = dataclasses.replace(c, **{name: alone[name] for name in alone if hasattr(c, name) and getattr(c, name) == getattr(default, name)})
     return c, {f.name: "flag" if getattr(c, f.name) != getattr(default, f.name) else "runs before" if f.name in chain else
                f"recipe {like}" if f.name in recipe | rounds[k - 1] else "default" for f in dataclasses.fields(c)}
 
@@ -1312,9 +1336,9 @@ class Recipe:
     size: str = "tiny"  # tiny, 14M, 30M, 60M, 190M, 370M, 760M, 1B, 7B, 13B, 32B
     rl: str = ""  # grpo, ppo; none: as the size was released
     init: str = ""  # the base model; none: the soup in runs/<size>, or what comes nearest
-    out: str = ""  # the runs' folder; none: runs/<size>
+    out: str = ""  # the folder of the runs; none: runs/<size>
     seed: Count = 1  # of every stage
-    share: float = 1.0  # of each stage's steps: 0.05 for a quick look
+    share: float = 1.0  # of each stage's steps: 0.05 for a quick look, in runs/<size>-quick
     questions: Count = 500  # held-out questions of each kind in the table at the end, which tiny alone has
     device: str = "auto"  # auto, cpu, mps, cuda
     threads: Count = 0  # CPU threads; 0: torch's choice
@@ -1338,11 +1362,12 @@ def run_recipe(arguments: list[str]) -> None:
     if c.rl not in ("", "ppo", "grpo"):
         raise UserError(f"--rl {c.rl} must be grpo or ppo")
     check(c)
-    folder = Path(c.out or f"runs/{size}")
-    made = [c.init or str(folder / next((name for name in BEFORE["sft"] if (folder / name).exists()), BEFORE["sft"][0]))]
+    folder, bases = Path(c.out or f"runs/{size}{'' if c.share == 1 else '-quick'}"), Path(f"runs/{size}")
+    made = [c.init or str(bases / next((name for name in BEFORE["sft"] if (bases / name).exists()), BEFORE["sft"][0]))]
     with one_voice():
         for stage, k in stages_of(size, c.rl):
-            more = dict(seed=c.seed, share=c.share, device=c.device, threads=c.threads) | ({"round": k} if hasattr(STAGES[stage], "round") else {})
+            more = dict(seed=c.seed, device=c.device, threads=c.threads) | ({"round": k} if hasattr(STAGES[stage], "round") else {})
+            more |= ({} if stage == "prefs" else {"share": c.share}) | ({"questions": c.questions} if c.questions < 200 and stage != "prefs" else {})
             settled, origin = settings(stage, ["--size", size], folder, **more | ({"init": made[0]} if stage == "sft" else {}))
             check(settled)
             print(f"---- {stage}{f' {k}' if k > 1 else ''}", flush=True)
@@ -1357,7 +1382,9 @@ def run_recipe(arguments: list[str]) -> None:
 def report(folder: Path, made: list[str], c: Recipe) -> None:
     """Print what each stage has brought, on text and questions that no stage trains on, and draw it: pipeline.json, pipeline.png."""
     device = best_device(c.device)
-    before = [str(folder / "pretrain")] if (folder / "pretrain" / "hf").exists() and Path(made[0]).name != "pretrain" else []
+    pretrained = Path(made[0]).parent / "pretrain"
+    before = [str(pretrained)] if (pretrained / "hf").exists() and Path(made[0]) != pretrained else []
+    made += [str(path) for path in (*folder.glob("grpo-*"), *folder.glob("ppo-*")) if (path / "hf").exists() and str(path) not in made]  # of the other --rl
     table = {}
     for path in [*before, *made]:
         model, tokenizer = OLMo2.load(path, device=device), get_tokenizer(find_weights(path)[0])
@@ -1380,8 +1407,8 @@ def report(folder: Path, made: list[str], c: Recipe) -> None:
         axis.legend(fontsize=8)
     for path in made[3:]:  # after the base, SFT and DPO: RLVR
         steps, evals = ([row for row in read_metrics(Path(path)) if row["event"] == event] for event in ("step", "eval"))
-        axes[2].plot([row["step"] for row in steps], [100 * row["right"] for row in steps], linewidth=0.9, label="sampled answers that are right, %")
-        axes[2].plot([row["step"] for row in evals], [row["held_out"]["sums %"] for row in evals], marker="o", label="held-out sums, %")
+        axes[2].plot([row["step"] for row in steps], [100 * row["right"] for row in steps], linewidth=0.9, label=f"{Path(path).name}: sampled answers that are right, %")
+        axes[2].plot([row["step"] for row in evals], [row["held_out"]["sums %"] for row in evals], marker="o", label=f"{Path(path).name}: held-out sums, %")
     axes[2].set(title="RLVR", xlabel="step", ylim=(0, 101))
     axes[2].legend(fontsize=8)
     figure.savefig(folder / "pipeline.png", dpi=110)
@@ -1393,7 +1420,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     stage = arguments[0] if arguments and not arguments[0].startswith("-") else ""
     if stage and stage not in STAGES:
-        near = difflib.get_close_matches(stage, STAGES, 1)
+        near = difflib.get_close_matches(stage.lower(), STAGES, 1)
         raise UserError(f"no stage {stage!r}{f': did you mean {near[0]}?' if near else ''}; the stages are {', '.join(STAGES)}; without one, the recipe runs from end to end")
     if not stage:
         run_recipe(arguments)

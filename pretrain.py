@@ -192,10 +192,10 @@ def size_of(arguments: list[str]) -> str:
     return size
 
 
-def parse(default: Config, arguments: list[str], description: str) -> Config:
+def parse(default: Config, arguments: list[str], description: str, prog: str | None = None) -> Config:
     """The settings of a command line, over defaults; its own errors end the process with status 2."""
     with one_voice(errors=True):
-        return tyro.cli(type(default), default=default, args=arguments, description=description)
+        return tyro.cli(type(default), default=default, args=arguments, description=description, prog=prog)
 
 
 def check(c: Config) -> None:

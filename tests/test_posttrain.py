@@ -278,6 +278,7 @@ def test_layouts_and_compressions_give_the_same_rows(tmp_path):
     ({"messages": [{"role": "human", "content": "x"}]}, "message 0: expected a role"), ({"messages": [{"role": "user", "content": None}]}, "message 0: expected a role"),
     ({"messages": say("x"), "ground_truth": "1", "dataset": "gsm8"}, "verifier 'gsm8', did you mean gsm8k?"), ({"messages": say("x"), "dataset": "math"}, 'under "ground_truth", got None'),
     ({"messages": say("x"), "ground_truth": "{", "dataset": "ifeval"}, "cannot be checked"), ({"messages": say("x"), "ground_truth": '{"func_name": "f"}', "dataset": "ifeval"}, "unknown constraint 'f'"),
+    ({"messages": say("x"), "ground_truth": "five", "dataset": "gsm8k"}, "holds no number"), ({"messages": say("x"), "ground_truth": "5", "dataset": "ifeval"}, 'expected as in {"func_name"'),
     ({"messages": [{"role": "assistant", "content": "x"}], "ground_truth": "1", "dataset": "math"}, "no prompt before")])
 def test_bad_rows_are_named_with_file_and_line(tmp_path, row, words):
     path = tmp_path / "bad.jsonl"
@@ -286,6 +287,15 @@ def test_bad_rows_are_named_with_file_and_line(tmp_path, row, words):
     with pytest.raises(UserError) as error:
         read_prompts((str(path),), GRPO(), get_tokenizer("laptop"))
     assert "bad.jsonl, line 2: " in str(error.value) and "line 4: " in str(error.value) and words in str(error.value)
+
+
+def test_pairs_that_teach_nothing_are_named_or_left_out(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    pairs = [(say("Hi", "a"), say("Hi", "b")), (say("Hi", "a"), say("Hi", "a")), (say("Hi", "a"), say("Ho", "b"))]
+    path.write_text("".join(json.dumps({"chosen": chosen, "rejected": rejected}) + "\n" for chosen, rejected in pairs))
+    with pytest.raises(UserError, match="line 2: the two answers are the same; .*line 3: the two answer different prompts"):
+        read_examples((str(path),), DPO(), ("chosen", "rejected"), get_tokenizer("laptop"))
+    assert len(read_examples((str(path),), DPO(drop=True), ("chosen", "rejected"), get_tokenizer("laptop"))) == 1
 
 
 def test_embedded_rows_are_verified_and_no_held_out_one_is_trained_on():
@@ -375,6 +385,15 @@ def test_another_init_or_data_is_refused(here, base, pairs, capsys):
     shutil.rmtree(here / "post-moving")
     save_base(here / "post-moving", 3)
     assert "what is in post-moving, which has been made anew" in fails(module.main, [*flags, "--init", "post-moving", "--out", "runs/other-init-2"], capsys)
+
+
+def test_a_few_rows_of_ones_own_are_enough(here, base, pairs, capsys):
+    path = here / "four.jsonl"
+    path.write_text("".join(json.dumps({"messages": say(f"{i}?", "Yes.")}) + "\n" for i in range(4)))
+    assert len(run("sft", "runs/four", "--init", base, "--data", path, "--batch", "4", "--epochs", "2")) == 2
+    assert "4 rows; 2 steps of 4, which is 200 % of the rows" in capsys.readouterr().out
+    assert "4 rows are fewer than the 16 of a step" in fails(module.main, ["sft", "--init", base, "--data", str(path), "--out", "runs/four-16"], capsys)
+    assert "runs/four is a run of sft, not of rm" in fails(module.main, ["rm", "--init", base, "--data", "post-pairs.jsonl", "--batch", "8", "--out", "runs/four"], capsys)
 
 
 def test_a_reward_model_opens_in_transformers(here, base, pairs, capsys):
