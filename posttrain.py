@@ -1,6 +1,6 @@
 """Post-training: SFT, preference pairs, reward model, DPO, and RLVR with PPO or with GRPO.
 
-    python posttrain.py                                 # laptop: SFT, prefs, DPO, GRPO after runs/tiny/soup, and what each brought; 5 minutes
+    python posttrain.py                                 # laptop: SFT, prefs, DPO, GRPO after runs/tiny/soup, and what each brought; 4 minutes
     python posttrain.py --rl ppo                        # as 7B and 13B were made: SFT, prefs, RM, DPO, PPO
     python posttrain.py sft                             # one stage: sft, prefs, rm, dpo, ppo, grpo
     python posttrain.py dpo --size 7B --help            # the published values of a stage and a size
