@@ -34,7 +34,7 @@ import tiktoken
 import tyro
 from tqdm import tqdm
 
-from model import UserError, find_weights, put_in_place, read_json, run_cli, sha256, write_json
+from model import UserError, find_weights, is_plain_name, put_in_place, read_json, run_cli, sha256, write_json
 
 HERE = Path(__file__).parent
 
@@ -206,7 +206,7 @@ def get_tokenizer(name: str | Path) -> Tokenizer:
         pattern = stored["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
         beside = folder / "chat_template.jinja"  # where transformers 5 puts it
         template = config.get("chat_template") or (beside.read_text(encoding="utf-8") if beside.exists() else "")
-        return Tokenizer(config.get("name", folder.name), ranks, pattern, added, "bos_token" in (template or CHAT_TEMPLATE),
+        return Tokenizer(str(config.get("name", folder.name)), ranks, pattern, added, "bos_token" in (template or CHAT_TEMPLATE),
                          config.get("instruct", bool(template) and "name" not in config))
     except (KeyError, TypeError, IndexError) as error:
         raise UserError(f"{folder}/tokenizer.json is not a byte-level BPE with <|endoftext|> and <|pad|>: {error!r}") from None
@@ -672,7 +672,9 @@ def instruct_rows(split: str, count: int, seed: int = 0, hasty: float = 0.6) -> 
 
 def embedded_corpus(tokenizer: Tokenizer, out: Path = Path("tokens"), stage: int = 1) -> Path:
     """The folder of a stage's embedded corpus in a tokenizer's ids; built when it is absent or was built by another version."""
-    folder = out / f"{'embedded' if stage == 1 else 'dolmino'}-{tokenizer.name}"
+    # The name may come from a downloaded tokenizer_config.json.
+    name = tokenizer.name if is_plain_name(tokenizer.name) else tokenizer.fingerprint
+    folder = out / f"{'embedded' if stage == 1 else 'dolmino'}-{name}"
     version = hashlib.sha256(Path(__file__).read_bytes() + tokenizer.fingerprint.encode() + sys.version.encode()).hexdigest()[:12]
     is_there = lambda: (folder / "corpus.json").exists() and read_json(folder / "corpus.json").get("version") == version
     if is_there():
@@ -690,7 +692,10 @@ def embedded_corpus(tokenizer: Tokenizer, out: Path = Path("tokens"), stage: int
     if is_there():  # another process, started beside this one, was faster
         shutil.rmtree(aside)
     else:
-        put_in_place(aside, folder)
+        try:
+            put_in_place(aside, folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
     return folder
 
 
@@ -805,7 +810,10 @@ def tokenize_paths(config: Config, tokenizer: Tokenizer) -> Path:
         files += found
     if not 0 <= config.val_fraction < 1:
         raise UserError(f"--val-fraction {config.val_fraction} must be at least 0 and below 1")
-    folder = config.out / (config.name or config.paths[0].name.split(".")[0])
+    name = config.name or re.sub(r"[^\w.-]+", "-", config.paths[0].name.split(".")[0])
+    if not is_plain_name(name):
+        raise UserError(f"--name {name!r} must be a plain name, of letters, digits, '.', '_' and '-': it becomes a folder in {config.out}")
+    folder = config.out / name
     if folder.exists():
         raise UserError(f"{folder} exists: remove it, or choose another --name")
     aside = make_folder(folder.with_name(f".{folder.name}-{os.getpid()}"))

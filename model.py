@@ -21,6 +21,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -752,8 +753,28 @@ def read_json(path: Path):
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
+def is_plain_name(name: str) -> bool:
+    """Is it one component of a path, of letters, digits, `.`, `_` and `-`, so that it can lead nowhere else?
+
+    >>> is_plain_name("OLMo-2.1_b"), is_plain_name("x/../../home"), is_plain_name(".."), is_plain_name("")
+    (True, False, False, False)
+    """
+    return bool(re.fullmatch(r"[\w.-]{1,100}", name)) and name.strip(".") != ""
+
+
+def is_ours(folder: Path) -> bool:
+    """Does a folder carry a mark that this project made it: corpus.json in it, or, of hf/, run.json or soup.json beside it?"""
+    beside = folder.name == "hf" and any((folder.parent / name).exists() for name in ("run.json", "soup.json"))
+    return beside or (folder / "corpus.json").exists()
+
+
 def put_in_place(aside: Path, final: Path) -> None:
-    """Rename a folder that is whole to its name; what stood there before goes only when it is there."""
+    """Rename a folder that is whole to its name; what stood there before goes only when it is there.
+
+    Raises UserError where something stands there that this project did not make: see `is_ours`.
+    """
+    if final.exists() and not is_ours(final):
+        raise UserError(f"{final} is in the way, and nothing in it says that it was made here: move it, and try again")
     old = final.with_name(f".old-{final.name}")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():

@@ -259,8 +259,9 @@ def main(arguments: list[str] | None = None) -> None:
             paths = choose(part, rows, scores, aside)
             average(paths, [part[path] for path in paths], make_folder(aside))
         rows["soup"] = scores(aside)
-        for name in ("soup.json", "soup.png"):  # at no time do they stand beside another soup than theirs
-            (out / name).unlink(missing_ok=True)
+        # At no time do record and figure stand beside another soup than theirs; what was asked for marks hf/ as ours meanwhile.
+        (out / "soup.png").unlink(missing_ok=True)
+        write_json(out / "soup.json", {"asked": asked})
         put_in_place(aside, out / "hf")
         write_json(out / "soup.json", {
             "ingredients": [{"path": path, "weight": part[path], "sha256": hashes[path], "scores": rows[path]} for path in paths],

@@ -1,9 +1,11 @@
 """data.py against tiktoken, transformers and OLMo-core, and on text as people have it."""
+import contextlib
 import doctest
 import gzip
 import json
 import random
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from transformers import AutoTokenizer
 import data as module
 from data import (TASKS, THINGS, TokenData, embedded_documents, get_tokenizer, has_repeats, is_prose, make_targets, remake_vocab, task_items,
                   token_files, write_tokens)
-from model import UserError
+from model import UserError, put_in_place
 
 HARD = ["", " ", "\n", "a", "naïve café", "日本語のテキスト、改行\n\n  と空白", "👩‍👩‍👧‍👦 🏳️‍🌈 e\u0301\u0323 \u200b\u00a0\u2003x\u2028y", "don't I'LL we'Ve o'clock 'ſ",
         "x  =  1;\t\t// tabs\r\n\r\n   \n", "1234567890 3.14159 1,000 ½ ٣٤٥ ⅷ", "a" * 20_000, "ab " * 5000, " " * 3000 + "x", "!" * 3000,
@@ -329,6 +331,67 @@ def test_bad_text_is_refused_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     assert "val-fraction" in fails(module.main, ["bad.jsonl", "--val-fraction", "nan"], capsys)
     assert "no tokenizer 'gpt9'" in fails(module.main, ["bad.jsonl", "--tokenizer", "gpt9"], capsys)
     assert [p.name for p in (tmp_path / "tokens").glob("*")] == ["line"] and not list((tmp_path / "tokens").glob(".*"))
+
+
+@pytest.fixture
+def small_corpus(monkeypatch):
+    """The embedded corpus in small: how it is stored is what matters."""
+    monkeypatch.setattr(module, "embedded_documents", lambda split, stage=1: {"docs": ["A document.\n"], "math": ["1 + 1 = 2\n"]})
+
+
+@pytest.mark.parametrize("name", ["x/../../precious", "/precious", "..", "", "precious\0", "x" * 300, ["precious"]])
+def test_a_downloaded_name_leads_nowhere_else(name, tmp_path, monkeypatch, small_corpus):
+    """What a tokenizer_config.json calls itself names no folder but one below tokens/."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokens/embedded-x").mkdir(parents=True)
+    for folder in ("precious", "tokens/precious"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "thesis.txt").write_text("three years")
+    get_tokenizer("laptop").save("theirs")
+    config = json.loads(Path("theirs/tokenizer_config.json").read_text())
+    Path("theirs/tokenizer_config.json").write_text(json.dumps(config | {"name": name}))
+    tokenizer = get_tokenizer("theirs")
+    for stage, kind in ((1, "embedded"), (2, "dolmino")):
+        made = module.embedded_corpus(tokenizer, stage=stage)
+        assert made == Path("tokens") / f"{kind}-{tokenizer.fingerprint}"
+        assert made.resolve().parent == tmp_path / "tokens" and (made / "corpus.json").exists()
+    for folder in ("precious", "tokens/precious"):
+        assert (tmp_path / folder / "thesis.txt").read_text() == "three years"
+
+
+def test_only_what_was_made_here_is_replaced(tmp_path, monkeypatch, small_corpus):
+    """A folder of the user's that bears the name of ours stays; ours, of an older version, is renewed."""
+    monkeypatch.chdir(tmp_path)
+    laptop = get_tokenizer("laptop")
+    folder = Path("tokens/embedded-laptop")
+    folder.mkdir(parents=True)
+    (folder / "thesis.txt").write_text("three years")
+    with pytest.raises(UserError, match="embedded-laptop is in the way"):
+        module.embedded_corpus(laptop)
+    assert (folder / "thesis.txt").exists() and [path.name for path in Path("tokens").iterdir()] == ["embedded-laptop"]
+    (folder / "thesis.txt").unlink()
+    (folder / "corpus.json").write_text('{"version": "of last year"}')
+    assert module.embedded_corpus(laptop) == folder and (folder / "train").is_dir()
+
+    for new, mark, refused in (("a", "", True), ("b", "run.json", False), ("c", "soup.json", False)):
+        for name in ("hf", ".saving-hf"):
+            (tmp_path / new / name).mkdir(parents=True)
+            (tmp_path / new / name / "weights").write_text(name)
+        if mark:
+            (tmp_path / new / mark).write_text("{}")
+        with pytest.raises(UserError, match="in the way") if refused else contextlib.nullcontext():
+            put_in_place(tmp_path / new / ".saving-hf", tmp_path / new / "hf")
+        assert (tmp_path / new / "hf/weights").read_text() == ("hf" if refused else ".saving-hf")
+
+
+@pytest.mark.parametrize("name", ["../precious", "a/b", "..", "/tmp/x"])
+def test_names_given_by_hand_are_plain_too(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my notes.txt").write_text("a line of text\n" * 100)
+    assert "must be a plain name" in fails(module.main, ["my notes.txt", "--name", name], capsys)
+    module.main(["my notes.txt"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["my notes.txt", "tokens"]
+    assert (tmp_path / "tokens/my-notes/train").is_dir()
 
 
 @needs_shared
