@@ -20,9 +20,10 @@ from pathlib import Path
 
 import tyro
 
+from infra.files import UserError, read_json
 import pretrain
 from eval import print_table
-from model import UserError, read_json, run_cli
+from model import run_cli
 from pretrain import Count, leave_ranks, list_states, lr_at, one_voice, parse, read_metrics, run_training, size_of
 
 

@@ -15,9 +15,7 @@ import ast
 import base64
 import difflib
 import functools
-import gzip
 import hashlib
-import io
 import json
 import os
 import random
@@ -34,7 +32,8 @@ import tiktoken
 import tyro
 from tqdm import tqdm
 
-from model import UserError, find_weights, is_plain_name, put_in_place, read_json, run_cli, sha256, write_json
+from infra.files import UserError, is_plain_name, make_folder, open_text, read_json, replace_folder, sha256, write_json
+from model import find_weights, run_cli
 
 HERE = Path(__file__).parent
 
@@ -693,20 +692,10 @@ def embedded_corpus(tokenizer: Tokenizer, out: Path = Path("tokens"), stage: int
         shutil.rmtree(aside)
     else:
         try:
-            put_in_place(aside, folder)
+            replace_folder(aside, folder)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     return folder
-
-
-def make_folder(path: Path) -> Path:
-    """An empty folder; UserError where it cannot be written."""
-    try:
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True)
-        return path
-    except OSError as error:
-        raise UserError(f"cannot write to {path.parent}: {error.strerror}") from None
 
 
 def remake_vocab(path: Path, size: int = 1000) -> None:
@@ -770,19 +759,6 @@ def read_documents(path: Path, val_fraction: float, bar: tqdm) -> Iterator[tuple
 def unit_hash(text: str) -> float:
     """A number in [0, 1) that depends on the text alone."""
     return int(hashlib.md5(text.encode("utf-8", "replace")).hexdigest()[:8], 16) / 2**32
-
-
-def open_text(path: Path, file: io.BufferedReader) -> io.TextIOWrapper:
-    """The lines of an open file, decompressed by its ending."""
-    if path.suffix == ".gz":
-        file = gzip.open(file)
-    elif path.suffix == ".zst":
-        try:
-            import zstandard
-        except ImportError:
-            raise UserError(f"{path}: reading .zst needs the zstandard library: pip install zstandard") from None
-        file = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-    return io.TextIOWrapper(file, encoding="utf-8", errors="replace")
 
 
 ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst")

@@ -26,7 +26,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +37,9 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from data import (ENDINGS, TASKS, TokenData, Tokenizer, embedded_corpus, get_tokenizer, make_targets, open_text, read_documents, task_items,
-                  token_files, write_tokens)
-from model import OLMo2, UserError, best_device, find_weights, from_all, rank_and_world, read_config, read_json, run_cli, write_json
+from infra.files import UserError, json_lines, read_json, write_json
+from data import ENDINGS, TASKS, TokenData, Tokenizer, embedded_corpus, get_tokenizer, make_targets, read_documents, task_items, token_files, write_tokens
+from model import OLMo2, best_device, find_weights, from_all, rank_and_world, read_config, run_cli
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Bits per byte
@@ -286,23 +285,6 @@ def read_requests(path: Path, questions: int = 0) -> list[Request]:
 
 def frozen(value):
     return tuple(map(frozen, value)) if isinstance(value, list) else value
-
-
-def json_lines(path: Path) -> Iterator[tuple[int, dict]]:
-    """(line number, object) of a .jsonl or .jsonl.gz file. Raises UserError naming file and line."""
-    with open(path, "rb") as file:
-        try:
-            for number, line in enumerate(open_text(path, file), 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                    assert isinstance(row, dict)
-                except (ValueError, AssertionError):
-                    raise UserError(f"{path}, line {number}: expected a JSON object, got {line[:60].strip()!r}") from None
-                yield number, row
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{path} is damaged: {error}") from None
 
 
 def by_question(requests: list[Request]) -> dict[tuple[int, bool], list[Request]]:

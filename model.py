@@ -21,8 +21,6 @@ import hashlib
 import json
 import math
 import os
-import re
-import shutil
 import sys
 import warnings
 import zlib
@@ -40,13 +38,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import checkpoint
 
-
-class UserError(ValueError):
-    """What a person got wrong, in one line: the value, the rule, and what to type next."""
-
-    def __init__(self, text: str, everywhere: bool = False):
-        super().__init__(text)
-        self.everywhere = everywhere  # all ranks raise it, so that one prints it
+from infra.files import UserError, read_json, write_json
 
 
 def run_cli(main) -> None:
@@ -734,58 +726,6 @@ def write_config(path: Path, c: ModelConfig, dtype: torch.dtype) -> None:
         "bos_token_id": None, "initializer_range": 0.02, "use_cache": True, "torch_dtype": str(dtype).removeprefix("torch.")})
     write_json(path / "generation_config.json", {
         "_from_model_config": True, "bos_token_id": None, "eos_token_id": c.eos, "pad_token_id": c.pad})
-
-
-def write_json(path: Path, value) -> None:
-    """Write whole or not at all: aside, then renamed."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(aside, path)
-
-
-def read_json(path: Path):
-    """The content of a JSON file; UserError names the file when it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-
-
-def is_plain_name(name: str) -> bool:
-    """Is it one component of a path, of letters, digits, `.`, `_` and `-`, so that it can lead nowhere else?
-
-    >>> is_plain_name("OLMo-2.1_b"), is_plain_name("x/../../home"), is_plain_name(".."), is_plain_name("")
-    (True, False, False, False)
-    """
-    return bool(re.fullmatch(r"[\w.-]{1,100}", name)) and name.strip(".") != ""
-
-
-def is_ours(folder: Path) -> bool:
-    """Does a folder carry a mark that this project made it: corpus.json in it, or, of hf/, run.json or soup.json beside it?"""
-    beside = folder.name == "hf" and any((folder.parent / name).exists() for name in ("run.json", "soup.json"))
-    return beside or (folder / "corpus.json").exists()
-
-
-def put_in_place(aside: Path, final: Path) -> None:
-    """Rename a folder that is whole to its name; what stood there before goes only when it is there.
-
-    Raises UserError where something stands there that this project did not make: see `is_ours`.
-    """
-    if final.exists() and not is_ours(final):
-        raise UserError(f"{final} is in the way, and nothing in it says that it was made here: move it, and try again")
-    old = final.with_name(f".old-{final.name}")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    aside.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_weights(path: str | Path) -> tuple[Path, Path]:

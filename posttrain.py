@@ -39,13 +39,12 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
+from infra.files import UserError, json_lines, read_json, write_json, write_text
 from anneal import LAPTOP_MIX
 from data import TokenData, Tokenizer, embedded_corpus, get_tokenizer, instruct_rows, mix_files, mix_sources, rlvr_rows, token_files
-from eval import bits_per_byte_by_source, by_source, is_right, json_lines, print_table, rlvr_constraint, verify_gsm8k, verify_ifeval, verify_math
-from model import (OLMo2, UserError, best_device, checksum, find_weights, from_all, load_tensors, rank_and_world, read_config, read_json, run_cli, together,
-                   write_json)
-from pretrain import (Count, Run, all_sum, clip_gradients, enter_run, export, format_seconds, leave_ranks, load_state, lost_rank, make_mesh, make_optimizer, newest_state,
-                      one_voice, parse, prepare, read_metrics, self_check, shard_size, size_of, sole_writer, start_machine, tensors_of)
+from eval import bits_per_byte_by_source, by_source, is_right, print_table, rlvr_constraint, verify_gsm8k, verify_ifeval, verify_math
+from model import OLMo2, best_device, checksum, find_weights, from_all, load_tensors, rank_and_world, read_config, run_cli, together
+from pretrain import Count, Run, all_sum, clip_gradients, enter_run, export, format_seconds, leave_ranks, load_state, lost_rank, make_mesh, make_optimizer, newest_state, one_voice, parse, prepare, read_metrics, self_check, shard_size, size_of, sole_writer, start_machine, tensors_of
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Objectives. A mask is 1.0 where a token counts. The loss of a step is a sum over all rows of the step, on all ranks, divided by what
@@ -1017,12 +1016,6 @@ def prefs(c: Prefs, origin: dict[str, str]) -> None:
     if not (Path(c.out) / "train.jsonl").stat().st_size:
         raise UserError(f"{c.out}/train.jsonl has no pair: the answers to each prompt were all right or all wrong. Ask for more --samples, or other prompts", everywhere=True)
     print(flush=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    path.with_suffix(".tmp").write_text(text, encoding="utf-8")
-    os.replace(path.with_suffix(".tmp"), path)
 
 
 def read_pairs(c: RM, tokenizer: Tokenizer) -> tuple[list, list]:

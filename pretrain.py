@@ -54,11 +54,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
-from data import SOURCES, TokenData, Tokenizer, embedded_corpus, get_tokenizer, make_folder, mix_files, mix_shares, mix_sources, token_files
+from infra.files import UserError, make_folder, read_json, replace_folder, sha256, sync, write_json
+from data import SOURCES, TokenData, Tokenizer, embedded_corpus, get_tokenizer, mix_files, mix_shares, mix_sources, token_files
 from eval import accuracy, bits_per_byte_by_source, by_source
-from model import (PEAK_FLOPS, SIZES, ChunkedLoss, ModelConfig, OLMo2, StoredWeights, UserError, best_device, check_tensors, checksum, find_weights,
-                   from_all, keep_freed_memory, load_tensors, one_process_is_fine, peak_flops, put_in_place, rank_and_world, read_config, read_json, run_cli, sha256,
-                   together, write_config, write_json, write_weights)
+from model import PEAK_FLOPS, SIZES, ChunkedLoss, ModelConfig, OLMo2, StoredWeights, best_device, check_tensors, checksum, find_weights, from_all, keep_freed_memory, load_tensors, one_process_is_fine, peak_flops, rank_and_world, read_config, run_cli, together, write_config, write_weights
 
 
 def parse_count(text: str) -> int:
@@ -530,7 +529,7 @@ def export(run: Path, state: Path, weights: dict[str, Tensor], config: ModelConf
 
     def swap() -> None:
         tokenizer.save(aside)
-        put_in_place(aside, run / "hf")
+        replace_folder(aside, run / "hf")
 
     rank, _ = rank_and_world()
     together(lambda: rank or make_folder(aside), group)
@@ -566,13 +565,6 @@ class Saver:
         pending, self.pending = self.pending, None
         if pending:
             pending.result()
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def find_damage(folder: Path) -> str | None:

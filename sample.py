@@ -14,8 +14,9 @@ from typing import Literal
 
 import tyro
 
+from infra.files import UserError
 from data import Tokenizer, get_tokenizer
-from model import OLMo2, UserError, best_device, run_cli
+from model import OLMo2, best_device, run_cli
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,10 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from data import SOURCES, Tokenizer, embedded_corpus, get_tokenizer, make_folder, mix_sources, token_files
+from infra.files import UserError, make_folder, read_json, replace_folder, write_json
+from data import SOURCES, Tokenizer, embedded_corpus, get_tokenizer, mix_sources, token_files
 from eval import accuracy, bits_per_byte_by_source, by_source, print_table
-from model import (SIZES, OLMo2, StoredWeights, UserError, best_device, check_tensors, find_weights, keep_freed_memory, put_in_place, read_config, read_json, run_cli, write_json,
-                   write_weights)
+from model import SIZES, OLMo2, StoredWeights, best_device, check_tensors, find_weights, keep_freed_memory, read_config, run_cli, write_weights
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ def main(arguments: list[str] | None = None) -> None:
         # At no time do record and figure stand beside another soup than theirs; what was asked for marks hf/ as ours meanwhile.
         (out / "soup.png").unlink(missing_ok=True)
         write_json(out / "soup.json", {"asked": asked})
-        put_in_place(aside, out / "hf")
+        replace_folder(aside, out / "hf")
         write_json(out / "soup.json", {
             "ingredients": [{"path": path, "weight": part[path], "sha256": hashes[path], "scores": rows[path]} for path in paths],
             "scores": rows["soup"], "asked": asked, "versions": {"python": platform.python_version(), "torch": torch.__version__}})

@@ -17,7 +17,7 @@ import anneal as module
 import pretrain
 from anneal import STUDY, Stage1, settings_of
 from data import SOURCES, TokenData, embedded_corpus, get_tokenizer, mix_files, mix_sources
-from model import read_json
+from infra.files import UserError, read_json
 from pretrain import RECIPES, list_states, lr_at, read_metrics
 
 MIX = ["--mix", "prose=1", "math=2"]
@@ -158,7 +158,7 @@ def test_recipes_are_the_published_ones(size, k, steps, zero_at, start, seed, bi
     assert sum(float(part.split("=")[1]) for part in c.mix) == pytest.approx({50: 51.47, 100: 112.94, 300: 311.42}[billions], abs=0.015)
     assert {name for name, value in vars(whole).items() if getattr(c, name) != value} <= {
         "init", "moments", "lr", "mix", "tokens", "seed", "warmup", "schedule", "horizon", "lr_floor", "out"}
-    with pytest.raises(module.UserError, match=f"{size} has 1 to"):
+    with pytest.raises(UserError, match=f"{size} has 1 to"):
         settings_of([], Stage1(whole, Path("x"), whole.tokens, True), {"13B": 5}.get(size, 4))
 
 

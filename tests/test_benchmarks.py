@@ -19,7 +19,8 @@ import eval as module
 import sample
 from data import get_tokenizer
 from eval import Request, complete, loglikelihoods, read_requests
-from model import ModelConfig, OLMo2, UserError
+from infra.files import UserError
+from model import ModelConfig, OLMo2
 
 OLMES_FILES = sorted((SHARED / "olmes").rglob("requests.jsonl.gz"))
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 import data as module
 from data import (TASKS, THINGS, TokenData, embedded_documents, get_tokenizer, has_repeats, is_prose, make_targets, remake_vocab, task_items,
                   token_files, write_tokens)
-from model import UserError, put_in_place
+from infra.files import UserError, replace_folder
 
 HARD = ["", " ", "\n", "a", "naïve café", "日本語のテキスト、改行\n\n  と空白", "👩‍👩‍👧‍👦 🏳️‍🌈 e\u0301\u0323 \u200b\u00a0\u2003x\u2028y", "don't I'LL we'Ve o'clock 'ſ",
         "x  =  1;\t\t// tabs\r\n\r\n   \n", "1234567890 3.14159 1,000 ½ ٣٤٥ ⅷ", "a" * 20_000, "ab " * 5000, " " * 3000 + "x", "!" * 3000,
@@ -380,7 +380,7 @@ def test_only_what_was_made_here_is_replaced(tmp_path, monkeypatch, small_corpus
         if mark:
             (tmp_path / new / mark).write_text("{}")
         with pytest.raises(UserError, match="in the way") if refused else contextlib.nullcontext():
-            put_in_place(tmp_path / new / ".saving-hf", tmp_path / new / "hf")
+            replace_folder(tmp_path / new / ".saving-hf", tmp_path / new / "hf")
         assert (tmp_path / new / "hf/weights").read_text() == ("hf" if refused else ".saving-hf")
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from test_pretrain import SHORT, rows_of, same_run, tensors_of
 
 import pretrain as module
+from infra.files import UserError, write_json
 from model import OLMo2
 from pretrain import list_states, read_metrics
 
@@ -193,7 +194,7 @@ def test_damaged_states_of_many_ranks(damage, pair, here, tmp_path):
         for path in (newest / ".metadata", newest / "model/.metadata", shard):
             path.write_bytes(trap)
         if damage == "pickle with a manifest":  # someone who can write can hash, too
-            module.write_json(newest / "manifest.json", {str(p.relative_to(newest)): {"bytes": p.stat().st_size, "sha256": module.sha256(p)}
+            write_json(newest / "manifest.json", {str(p.relative_to(newest)): {"bytes": p.stat().st_size, "sha256": module.sha256(p)}
                                                          for p in newest.rglob("*") if p.is_file() and p.name != "manifest.json"})
             log = ranks(2, out, status=2)
             assert log.count("error: a weights file in") == 1 and "is damaged" in log
@@ -284,7 +285,7 @@ def test_two_nodes(pair, here):
 def test_restarts_on_several_nodes_need_a_store_per_attempt(monkeypatch):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "1"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(module.UserError, match="export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"):
+    with pytest.raises(UserError, match="export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"):
         module.start_ranks(module.Config(device="cpu"))
 
 

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, Olmo2ForCausalLM
 
 import model as module
-from model import SIZES, ChunkedLoss, ModelConfig, OLMo2, UserError, pick
+from infra.files import UserError
+from model import SIZES, ChunkedLoss, ModelConfig, OLMo2, pick
 
 SMALL = ModelConfig(layers=2, d_model=64, heads=4, kv_heads=4, ffn=96, vocab=256, context=128, eos=254, pad=255)
 SHAPES = {

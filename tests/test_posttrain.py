@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import posttrain as module
 from data import get_tokenizer, rlvr_rows
-from model import ModelConfig, OLMo2, UserError
+from infra.files import UserError
+from model import ModelConfig, OLMo2
 from posttrain import (DPO, GRPO, PPO, SFT, Example, answers, dpo_loss, encode_conversations, gae, grpo_advantages, grpo_loss, micro_batches,
                        read_examples, read_prompts, read_rows, roll_out, row_seed, sequence_scores, settings, token_weights)
 from pretrain import list_states, read_metrics

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import pretrain
 import soup as module
 from data import get_tokenizer
-from model import SIZES, ModelConfig, OLMo2, StoredWeights, find_weights, read_json, write_weights
+from infra.files import read_json
+from model import SIZES, ModelConfig, OLMo2, StoredWeights, find_weights, write_weights
 
 QUICK = ["--points", "0", "--no-score"]
 

@@ -15,7 +15,7 @@ from conftest import SHARED, needs_shared
 
 import eval as module
 from eval import IFEVAL, RLVR_CONSTRAINTS, drop_f1, equal_math, rlvr_constraint, squad_f1, verify_gsm8k, verify_ifeval, verify_math
-from model import UserError
+from infra.files import UserError
 
 
 def read(name):

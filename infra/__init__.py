@@ -1,0 +1,1 @@
+"""What any training run needs: files, settings, ranks, checkpoints, metrics. Knows no transformer."""
