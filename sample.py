@@ -1,12 +1,15 @@
 """Talk to a model: any run, checkpoint or Hugging Face directory, of any stage.
 
     python sample.py runs/tiny/pretrain "Return the number of"
-    python sample.py                             # the laptop's pretraining run; each line that you type is a text, an empty one ends
-    python sample.py some/OLMo-2-Instruct        # a conversation, in the model's chat template; --system "Be brief."
+    python sample.py                         # the laptop's pretraining run; type a text a line
+    python sample.py some/OLMo-2-Instruct    # a conversation; --system "Be brief."
 
-A base model continues what it is given. An instruct model is asked: each text is the user's turn, and it sees all turns so
-far. Which of the two a model is, its tokenizer_config.json says; --chat yes and --chat no overrule it.
+Without a text on the command line, each line that you type is one, and an empty line ends. A base
+model continues each text. An instruct model is asked: each text is the user's turn, in the model's
+chat template, and it sees all turns so far. Which of the two a model is, its tokenizer_config.json
+says; --chat yes and --chat no overrule it.
 """
+
 import codecs
 import sys
 from dataclasses import dataclass
@@ -14,80 +17,127 @@ from typing import Literal
 
 import tyro
 
-from infra.files import UserError
 from data import Tokenizer, get_tokenizer
-from model import OLMo2, best_device, run_cli
+from decode import decode_steps
+from infra.distributed import best_device, run_cli
+from infra.files import UserError
+from model import OLMo2
 
 
 @dataclass(frozen=True)
 class Config:
-    model: tyro.conf.Positional[str] = "runs/tiny/pretrain"  # a run, one of its checkpoints, or a Hugging Face directory
-    prompt: tyro.conf.Positional[str] = ""  # the text to continue, or the question; none: ask for texts, one after the other
-    chat: Literal["auto", "yes", "no"] = "auto"  # a conversation, or the continuation of a text; auto: as the model was made
-    system: str = ""  # the system's turn, with which a conversation begins; implies --chat yes
-    max_new_tokens: int = 200  # at most so many
-    temperature: float = 0.8  # 0: always the likeliest token
-    top_k: int = 0  # draw from the k likeliest tokens; 0: all
-    top_p: float = 0.95  # draw from the fewest tokens that have this much probability together
-    seed: int = 0  # of the draws; another seed, another text
-    device: str = "auto"  # auto, cpu, mps, cuda
+    # a run, one of its checkpoints, or a Hugging Face directory
+    model: tyro.conf.Positional[str] = "runs/tiny/pretrain"
+
+    # the text to continue, or the question; none: ask for texts, one after the other
+    prompt: tyro.conf.Positional[str] = ""
+
+    # a conversation, or the continuation of a text; auto: as the model was made
+    chat: Literal["auto", "yes", "no"] = "auto"
+
+    # the system's turn, with which a conversation begins; implies --chat yes
+    system: str = ""
+
+    # at most so many
+    max_new_tokens: int = 200
+
+    # 0: always the likeliest token
+    temperature: float = 0.8
+
+    # draw from the k likeliest tokens; 0: all
+    top_k: int = 0
+
+    # draw from the fewest tokens that have this much probability together
+    top_p: float = 0.95
+
+    # of the draws; another seed, another text
+    seed: int = 0
+
+    # auto, cpu, mps, cuda
+    device: str = "auto"
 
 
-def continue_ids(model: OLMo2, tokenizer: Tokenizer, prompt: list[int], config: Config, echo: str = "") -> str:
-    """Print `echo` and the continuation as it is made, and return it. A character of several tokens appears when it is whole."""
+def continue_ids(
+    model: OLMo2, tokenizer: Tokenizer, prompt: list[int], config: Config, echo: str = ""
+) -> str:
+    """Print `echo` and what follows the prompt, token by token, and return what follows.
+
+    A character of several tokens appears when its last one is there.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    steps = model.stream([prompt], config.max_new_tokens, config.temperature, config.top_k, config.top_p, tokenizer.eos, config.seed)
-    made = b""
+    steps = decode_steps(
+        model,
+        [prompt],
+        config.max_new_tokens,
+        config.temperature,
+        config.top_k,
+        config.top_p,
+        tokenizer.eos,
+        config.seed,
+    )
+    made = []
     for _, (token,), _ in steps:
-        print(echo, end="")
+        print(echo, end="")  # not earlier: the model may refuse the prompt
         echo = ""
         if token != tokenizer.eos:
-            made += tokenizer.token_bytes(token)
+            made.append(token)
             print(decoder.decode(tokenizer.token_bytes(token)), end="", flush=True)
     print(decoder.decode(b"", final=True))
-    return made.decode("utf-8", errors="replace")
+    return tokenizer.decode(made)
 
 
-def answer(model: OLMo2, tokenizer: Tokenizer, messages: list[dict[str, str]], config: Config) -> None:
-    """Print the assistant's next turn and add it to `messages`, whose oldest turns are forgotten where the context has no room."""
+def answer(
+    model: OLMo2, tokenizer: Tokenizer, messages: list[dict[str, str]], config: Config
+) -> None:
+    """Print the assistant's next turn, and add it to `messages`.
+
+    Where the model's context has no room for all turns, the oldest question and its answer are
+    removed; the system's turn and the last question always stay.
+    """
+    room = model.config.context - min(config.max_new_tokens, model.config.context // 2)
+    first = int(messages[0]["role"] == "system")
     while True:
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        first = int(messages[0]["role"] == "system")
-        room = model.config.context - min(config.max_new_tokens, model.config.context // 2)
         if len(prompt) <= room or len(messages) <= first + 1:
             break
-        del messages[first : first + 2]  # a question and its answer
-        print("(the conversation exceeds the model's context: its first turn is forgotten)", file=sys.stderr)
-    messages.append({"role": "assistant", "content": continue_ids(model, tokenizer, prompt, config)})
+        del messages[first : first + 2]
+        print("(the model's context is full: the first turn is forgotten)", file=sys.stderr)
+    reply = continue_ids(model, tokenizer, prompt, config)
+    messages.append({"role": "assistant", "content": reply})
+
+
+def read_line() -> str:
+    """A line as it is typed; "" at the end of the input, and at Ctrl-C."""
+    try:
+        return input("> ")
+    except (EOFError, KeyboardInterrupt):
+        return ""
 
 
 def main(arguments: list[str] | None = None) -> None:
     config = tyro.cli(Config, description=__doc__, args=arguments)
     model = OLMo2.load(config.model, device=best_device(config.device))
     tokenizer = get_tokenizer(config.model)
-    chat = tokenizer.instruct or bool(config.system) if config.chat == "auto" else config.chat == "yes"
+    chat = config.chat == "yes"
+    if config.chat == "auto":
+        chat = tokenizer.instruct or config.system != ""
     messages = [{"role": "system", "content": config.system}] if config.system else []
+    texts = [config.prompt]
+    if not config.prompt:
+        wanted = "your turn" if chat else "the beginning of a text"
+        print(f"{config.model}: type {wanted}; an empty line ends.", file=sys.stderr)
+        texts = iter(read_line, "")  # until it returns an empty line
 
-    def respond(text: str, echo: str) -> None:
-        if chat:
-            messages.append({"role": "user", "content": text})
-            answer(model, tokenizer, messages, config)
-        else:  # models learn that a document follows an EOS: with no text to continue, that is what they get
-            continue_ids(model, tokenizer, tokenizer.encode(text) or [tokenizer.eos], config, echo)
-
-    if config.prompt:
-        return respond(config.prompt, echo=config.prompt)
-    print(f"{config.model}: type {'your turn' if chat else 'the beginning of a text'}; an empty line ends.", file=sys.stderr)
-    while True:
+    for text in texts:
         try:
-            text = input("> ")
-        except (EOFError, KeyboardInterrupt):
-            break
-        if not text:
-            break
-        try:
-            respond(text, echo="")
+            if chat:
+                messages.append({"role": "user", "content": text})
+                answer(model, tokenizer, messages, config)
+            else:
+                continue_ids(model, tokenizer, tokenizer.encode(text), config, config.prompt)
         except UserError as error:
+            if config.prompt:
+                raise
             print(f"error: {error}", file=sys.stderr)
             if chat:
                 messages.pop()  # the turn that could not be answered

@@ -1,1 +1,1 @@
-"""What any training run needs: files, settings, ranks, checkpoints, metrics. Knows no transformer."""
+"""What any training run needs: files, settings, ranks, checkpoints. Knows no transformer."""

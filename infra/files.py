@@ -1,7 +1,7 @@
 """Files that are whole or not there, lines of JSON, and errors that a person can act on.
 
-Whatever is written here is written to a temporary name first and then renamed, so that a process that is killed
-leaves the old file or the new one, never half of it.
+Whatever is written here is written to a temporary name first and then renamed, so that a process
+that is killed leaves the old file or the new one, never half of it.
 """
 
 import difflib
@@ -109,8 +109,9 @@ def open_text(path: Path, file: io.BufferedReader) -> io.TextIOWrapper:
         try:
             import zstandard
         except ImportError:
-            hint = "reading .zst needs the zstandard library: pip install zstandard"
-            raise UserError(f"{path}: {hint}") from None
+            raise UserError(
+                f"{path}: reading .zst needs the zstandard library: pip install zstandard"
+            ) from None
         file = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
     return io.TextIOWrapper(file, encoding="utf-8", errors="replace")
 
@@ -120,7 +121,9 @@ def open_text(path: Path, file: io.BufferedReader) -> io.TextIOWrapper:
 
 
 def make_folder(path: Path) -> Path:
-    """An empty folder at `path`; what stood there is removed. Raises UserError where it cannot be written."""
+    """An empty folder at `path`; what stood there is removed. Raises UserError where it cannot be
+    written.
+    """
     try:
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
@@ -130,7 +133,8 @@ def make_folder(path: Path) -> Path:
 
 
 def is_plain_name(name: str) -> bool:
-    """Is it one component of a path, of letters, digits, `.`, `_` and `-`, so that it can lead nowhere else?
+    """Is it one component of a path, of letters, digits, `.`, `_` and `-`, so that it can lead
+    nowhere else?
 
     >>> is_plain_name("OLMo-2.1_b"), is_plain_name("x/../../home"), is_plain_name("..")
     (True, False, False)
@@ -152,11 +156,14 @@ def made_here(folder: Path) -> bool:
 def replace_folder(tmp: Path, final: Path) -> None:
     """Rename the complete folder `tmp` to `final`; what stood there is removed only after that.
 
-    A crash between the two renames leaves `.old-<name>`. Raises UserError where `final` was not made here.
+    A crash between the two renames leaves `.old-<name>`. Raises UserError where `final` was not
+    made here.
     """
     if final.exists() and not made_here(final):
-        reason = "is in the way, and nothing in it says that it was made here"
-        raise UserError(f"{final} {reason}: move it, and try again")
+        raise UserError(
+            f"{final} is in the way, and nothing in it says that it was made here: move it, and "
+            "try again"
+        )
     old = final.with_name(f".old-{final.name}")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():

@@ -5,6 +5,7 @@
 `launch` forks the ranks from a server that has torch imported, which saves seconds per rank. A fault is a function of this
 file that changes what a rank does before its main begins.
 """
+
 import importlib
 import math
 import multiprocessing
@@ -20,17 +21,27 @@ import torch
 import torch._dynamo  # torch imports it at the first use of an optimizer: a second per rank
 import torch.distributed.tensor.parallel
 
-import model
+import infra.run
 import pretrain
+from infra import checkpoint, distributed
+from model import OLMo2
 
 
-def launch(world: int, arguments, fault: str = "", log: Path = Path("ranks.log"), timeout: float = 120,
-           script: str = "pretrain") -> tuple[list[int], str]:
+def launch(
+    world: int,
+    arguments,
+    fault: str = "",
+    log: Path = Path("ranks.log"),
+    timeout: float = 120,
+    script: str = "pretrain",
+) -> tuple[list[int], str]:
     """Run `python <script>.py arguments` as `world` ranks; (exit statuses, all that they printed). Negative: killed by that signal."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ranks"])
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # Python 3.11's server does not look where its parent does
+    os.environ["PYTHONPATH"] = str(
+        Path(__file__).parent
+    )  # Python 3.11's server does not look where its parent does
     forkserver.ensure_running()
     os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
     with socket.socket() as free:
@@ -38,7 +49,13 @@ def launch(world: int, arguments, fault: str = "", log: Path = Path("ranks.log")
         port = free.getsockname()[1]
     log = Path(log).resolve()
     log.write_text("")
-    ranks = [context.Process(target=worker, args=(rank, world, port, [str(a) for a in arguments], fault, log, os.getcwd(), script)) for rank in range(world)]
+    ranks = [
+        context.Process(
+            target=worker,
+            args=(rank, world, port, [str(a) for a in arguments], fault, log, os.getcwd(), script),
+        )
+        for rank in range(world)
+    ]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -49,21 +66,39 @@ def launch(world: int, arguments, fault: str = "", log: Path = Path("ranks.log")
     return [process.exitcode for process in ranks], log.read_text()
 
 
-def worker(rank: int, world: int, port: int, arguments: list[str], fault: str, log: Path, folder: str, script: str) -> None:
+def worker(
+    rank: int,
+    world: int,
+    port: int,
+    arguments: list[str],
+    fault: str,
+    log: Path,
+    folder: str,
+    script: str,
+) -> None:
     os.chdir(folder)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
+    sys.stdout, sys.stderr = (
+        open(1, "w", buffering=1, closefd=False),
+        open(2, "w", buffering=1, closefd=False),
+    )
     torch.set_num_threads(1)
-    pretrain.plot = lambda run: None  # another second; the curves are no matter of ranks
+    pretrain.plot_run = lambda run: None  # another second; the curves are no matter of ranks
     if script == "posttrain":
-        importlib.import_module(script).plot = pretrain.plot
+        importlib.import_module("sft").plot_run = pretrain.plot_run
     if fault:
         globals()[fault](rank)
-    model.run_cli(lambda: importlib.import_module(script).main(arguments))
+    distributed.run_cli(lambda: importlib.import_module(script).main(arguments))
 
 
 # ---- faults
@@ -76,7 +111,7 @@ def uneven_rows(rank: int) -> None:
     def batch(self, step, rows, seed, first_epoch=0, rank=0, world=1, mask_repeats=False):
         tokens, targets = whole(self, step, rows, seed, first_epoch, 0, 1, mask_repeats)
         for row in range(rows):
-            targets[row, 1 + (7 * row + step) ** 2 % targets.shape[1]:] = -100
+            targets[row, 1 + (7 * row + step) ** 2 % targets.shape[1] :] = -100
         return tokens[rank::world], targets[rank::world]
 
     pretrain.TokenData.batch = batch
@@ -86,19 +121,29 @@ def mean_of_means(rank: int) -> None:
     """The classic bug: each rank divides by its own number of targets, and the gradients are averaged."""
     uneven_rows(rank)
     real = pretrain.all_sum
-    pretrain.all_sum = lambda values: values * int(os.environ["WORLD_SIZE"]) if values.ndim == 0 and not values.is_floating_point() else real(values)
+    pretrain.all_sum = lambda values: (
+        values * int(os.environ["WORLD_SIZE"])
+        if values.ndim == 0 and not values.is_floating_point()
+        else real(values)
+    )
 
 
 def no_stages(rank: int) -> None:
     """posttrain.py's recipe finds its runs made."""
     import posttrain
-    posttrain.run_stage = lambda stage, c, origin: pretrain.start_machine(c)
+
+    posttrain.run_stage = lambda stage, c, origin: distributed.init_process(
+        c.device, c.threads, c.timeout
+    )
 
 
 def recorded_rollouts(rank: int) -> None:
     """posttrain.py gets the same answers at any world size, whatever a last bit does to sampling."""
     import numpy as np
-    import posttrain
+
+    import rlvr
+    from sft import Completion
+    from tasks.conversations import Example
 
     def answers(model, tokenizer, prompts, seeds, temperature, max_new_tokens, name=""):
         made = []
@@ -106,29 +151,43 @@ def recorded_rollouts(rank: int) -> None:
             draw = np.random.default_rng(seed)
             ids = [*draw.integers(0, 900, draw.integers(1, max_new_tokens)).tolist(), tokenizer.eos]
             n, T = len(prompt.tokens), len(prompt.tokens) + len(ids)
-            log_probs = torch.cat((torch.zeros(n - 1), torch.tensor(-2.0 * draw.random(len(ids))).float(), torch.zeros(1)))
-            made.append(posttrain.Answer(posttrain.Example(np.array(prompt.tokens + ids), np.arange(T) >= n), log_probs, tokenizer.decode(ids[:-1]), True, bool(draw.random() < 0.5)))
+            log_probs = torch.cat(
+                (
+                    torch.zeros(n - 1),
+                    torch.tensor(-2.0 * draw.random(len(ids))).float(),
+                    torch.zeros(1),
+                )
+            )
+            made.append(
+                Completion(
+                    Example(np.array(prompt.tokens + ids), np.arange(T) >= n),
+                    log_probs,
+                    tokenizer.decode(ids[:-1]),
+                    True,
+                    bool(draw.random() < 0.5),
+                )
+            )
         return made
 
-    posttrain.answers = answers
+    rlvr.generate_completions = answers
 
 
 def bf16(rank: int) -> None:
     """Compute as on CUDA."""
-    real = pretrain.prepare
-    pretrain.prepare = lambda *args, bf16: real(*args, bf16=True)
+    real = pretrain.shard_model
+    pretrain.shard_model = lambda *args, bf16: real(*args, bf16=True)
 
 
 def show_moments(rank: int) -> None:
     """Print the checksum of the optimizer's moments as loaded."""
-    real = pretrain.load_state
+    real = infra.run.load_state
 
-    def load_state(folder, config, tensors):
-        state = real(folder, config, tensors)
-        print("moments", model.checksum(tensors["optim"]))
+    def load_state(folder, trained):
+        state = real(folder, trained)
+        print("moments", distributed.checksum(trained.tensors["optim"]))
         return state
 
-    pretrain.load_state = load_state
+    infra.run.load_state = load_state
 
 
 def other_data(rank: int) -> None:
@@ -138,14 +197,14 @@ def other_data(rank: int) -> None:
 
 def other_weights(rank: int) -> None:
     """One bit of one weight differs in the second replica."""
-    real = model.OLMo2.init_weights
+    real = OLMo2.init_weights
 
     def init_weights(self, seed):
         real(self, seed)
         if rank == 1:
-            model.local_part(self.lm_head.weight)[0].view(-1).view(torch.int32)[5] ^= 1
+            distributed.local_part(self.lm_head.weight)[0].view(-1).view(torch.int32)[5] ^= 1
 
-    model.OLMo2.init_weights = init_weights
+    OLMo2.init_weights = init_weights
 
 
 def killed_in_training(rank: int) -> None:
@@ -160,14 +219,22 @@ def killed_twice(rank: int) -> None:
 
 def killed_hashing(rank: int) -> None:
     """Rank 1 dies in the second save, after the tensors are written and before they count."""
-    real = pretrain.sha256
-    pretrain.sha256 = lambda path: os.kill(os.getpid(), signal.SIGKILL) if rank == 1 and "saving-step16" in str(path) else real(path)
+    real = checkpoint.sha256
+    checkpoint.sha256 = lambda path: (
+        os.kill(os.getpid(), signal.SIGKILL)
+        if rank == 1 and "saving-step16" in str(path)
+        else real(path)
+    )
 
 
 def killed_before_commit(rank: int) -> None:
     """Rank 0 dies in the second save between two files: the manifest is there, the name is not."""
-    real = pretrain.sync
-    pretrain.sync = lambda path: os.kill(os.getpid(), signal.SIGKILL) if "saving-step16" in str(path) and path.name == "optim" else real(path)
+    real = checkpoint.sync
+    checkpoint.sync = lambda path: (
+        os.kill(os.getpid(), signal.SIGKILL)
+        if "saving-step16" in str(path) and path.name == "optim"
+        else real(path)
+    )
 
 
 def terminated(rank: int) -> None:
@@ -178,32 +245,47 @@ def terminated(rank: int) -> None:
 def nan_on_one_rank(rank: int) -> None:
     """At steps 4 and 6 the loss of rank 1 is computed with a weight that is NaN, or so large that the loss is infinite."""
     broken = {4: math.nan, 6: 3e38}
-    real, steps = model.OLMo2.loss, []
+    real, steps = OLMo2.loss, []
     at_batch(rank, {1: lambda step: steps.append(step + 1)})
 
     def loss(self, *args):
-        weight, bad = self.lm_head.weight.data, broken.get(steps[-1]) if steps and torch.is_grad_enabled() else None
+        weight, bad = (
+            self.lm_head.weight.data,
+            broken.get(steps[-1]) if steps and torch.is_grad_enabled() else None,
+        )
         before = weight[5, 5].clone()
         weight[5, 5] = before if bad is None else bad
         values = real(self, *args)
         weight[5, 5] = before
         return values
 
-    model.OLMo2.loss = loss
+    OLMo2.loss = loss
 
 
 def spike(rank: int) -> None:
     """At step 70 the loss is 1,000 times what it should be, on all ranks."""
-    real, steps = model.OLMo2.loss, []
+    real, steps = OLMo2.loss, []
     at_batch(rank, {r: lambda step: steps.append(step + 1) for r in range(4)})
-    model.OLMo2.loss = lambda self, *args: tuple(v * (1000 if steps and steps[-1] == 70 else 1) for v in real(self, *args)[:2]) + (None,)
+    OLMo2.loss = lambda self, *args: (
+        tuple(v * (1000 if steps and steps[-1] == 70 else 1) for v in real(self, *args)[:2])
+        + (None,)
+    )
 
 
 def full_disk(rank: int) -> None:
     """On rank 1 the kernel refuses to let a file grow beyond 1 MiB, in the second save."""
     import resource
+
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    at_batch(rank, {1: lambda step: step == 12 and resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))})
+    at_batch(
+        rank,
+        {
+            1: lambda step: (
+                step == 12
+                and resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))
+            )
+        },
+    )
 
 
 def stuck(rank: int, who: int = 1) -> None:
@@ -232,4 +314,4 @@ def at_batch(rank: int, actions: dict) -> None:
 if __name__ == "__main__":
     globals()[sys.argv[1]](int(os.environ["RANK"]))
     del sys.argv[1]
-    model.run_cli(pretrain.main)
+    distributed.run_cli(pretrain.main)

@@ -1,4 +1,5 @@
 """model.py against transformers' Olmo2ForCausalLM, and against its own words."""
+
 import dataclasses
 import doctest
 import json
@@ -8,22 +9,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, Olmo2ForCausalLM
 
 import model as module
 from infra.files import UserError
-from model import SIZES, ChunkedLoss, ModelConfig, OLMo2, pick
+from model import SIZES, ChunkedLoss, ModelConfig, OLMo2
 
-SMALL = ModelConfig(layers=2, d_model=64, heads=4, kv_heads=4, ffn=96, vocab=256, context=128, eos=254, pad=255)
+SMALL = ModelConfig(
+    layers=2, d_model=64, heads=4, kv_heads=4, ffn=96, vocab=256, context=128, eos=254, pad=255
+)
 SHAPES = {
     "MHA": SMALL,
     "GQA": dataclasses.replace(SMALL, kv_heads=2),
     "MQA": dataclasses.replace(SMALL, kv_heads=1),
     "odd FFN": dataclasses.replace(SMALL, ffn=97),
     "head 128": dataclasses.replace(SMALL, d_model=256, heads=2, kv_heads=2),
-    "vocabulary 100,352": dataclasses.replace(SMALL, d_model=32, vocab=100_352, eos=100_257, pad=100_277),
+    "vocabulary 100,352": dataclasses.replace(
+        SMALL, d_model=32, vocab=100_352, eos=100_257, pad=100_277
+    ),
     "T 8,192": dataclasses.replace(SMALL, d_model=32, heads=2, kv_heads=2, context=8192),
 }
 
@@ -32,7 +37,9 @@ def make_pair(config, path, seed=0):
     """Our model with unequal norm weights, and transformers' model opened from the directory that ours wrote."""
     ours = OLMo2(config, seed)
     generator = torch.Generator().manual_seed(1)
-    for p in ours.parameters():  # norms of 1 would hide a missing one; a larger std makes attention matter
+    for p in (
+        ours.parameters()
+    ):  # norms of 1 would hide a missing one; a larger std makes attention matter
         p.data = p.data + torch.rand(p.shape, generator=generator) if p.ndim == 1 else p.data * 4
     ours.save(path)
     return ours, Olmo2ForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -41,7 +48,12 @@ def make_pair(config, path, seed=0):
 def tokens_for(config, rows=2, length=None, seed=0):
     length = length or (8192 if config.context == 8192 else 48)
     # Without the pad id: transformers' embedding gives it no gradient, OLMo's own trainers do.
-    tokens = torch.randint(0, config.pad, (1 if length == 8192 else rows, length), generator=torch.Generator().manual_seed(seed))
+    tokens = torch.randint(
+        0,
+        config.pad,
+        (1 if length == 8192 else rows, length),
+        generator=torch.Generator().manual_seed(seed),
+    )
     targets = torch.cat([tokens[:, 1:], torch.full((len(tokens), 1), -100)], dim=1)
     targets[:, 5:9] = -100  # some masked targets
     return tokens, targets
@@ -53,7 +65,11 @@ def difference(ours, theirs):
 
 def reference_loss(logits, targets, z_loss):
     ce = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-    return ce, z_loss * (logits.logsumexp(-1).square() * (targets != -100)).sum(), (targets != -100).sum()
+    return (
+        ce,
+        z_loss * (logits.logsumexp(-1).square() * (targets != -100)).sum(),
+        (targets != -100).sum(),
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -64,27 +80,29 @@ def test_logits_loss_and_gradients_equal_transformers(shape, tmp_path):
     reference = theirs(tokens).logits
     assert difference(ours(tokens), reference) < 1e-5
     z_loss = 1e-3  # large enough to matter in the gradients
-    for ours_term, theirs_term in zip(ours.loss(tokens, targets, z_loss), reference_loss(reference, targets, z_loss)):
+    for ours_term, theirs_term in zip(
+        ours.loss(tokens, targets, z_loss), reference_loss(reference, targets, z_loss)
+    ):
         assert abs(ours_term.item() / theirs_term.item() - 1) < 1e-6
-    for network, terms in ((ours, ours.loss(tokens, targets, z_loss)), (theirs, reference_loss(reference, targets, z_loss))):
+    for network, terms in (
+        (ours, ours.loss(tokens, targets, z_loss)),
+        (theirs, reference_loss(reference, targets, z_loss)),
+    ):
         ((terms[0] + terms[1]) / terms[2]).backward()
     theirs_gradients = dict(theirs.named_parameters())
     for name, p in ours.named_parameters():
         assert difference(p.grad, theirs_gradients[name].grad) < 1e-5, name
 
 
-@pytest.mark.parametrize("shape", ["MHA", "GQA", "MQA"])
-def test_greedy_generation_equals_transformers(shape, tmp_path):
-    ours, theirs = make_pair(SHAPES[shape], tmp_path)
-    prompts = [[1, 2, 3], [5], list(range(40))]
-    new, _ = ours.generate(prompts, 30, temperature=0)
-    for prompt, tokens in zip(prompts, new):
-        expected = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                                   max_new_tokens=30, do_sample=False, eos_token_id=None)
-        assert tokens == expected[0, len(prompt):].tolist()
-
-
-@pytest.mark.parametrize("size, total", [("1B", 1_484_916_736), ("7B", 7_298_617_344), ("13B", 13_716_198_400), ("32B", 32_234_279_936)])
+@pytest.mark.parametrize(
+    "size, total",
+    [
+        ("1B", 1_484_916_736),
+        ("7B", 7_298_617_344),
+        ("13B", 13_716_198_400),
+        ("32B", 32_234_279_936),
+    ],
+)
 def test_published_parameter_counts(size, total):
     with torch.device("meta"):
         network = OLMo2(SIZES[size])
@@ -114,8 +132,18 @@ def test_initialisation_is_truncated_and_depends_on_names_alone():
     assert not torch.equal(OLMo2(SMALL, 4).lm_head.weight, OLMo2(SMALL, 5).lm_head.weight)
     scaled = OLMo2(dataclasses.replace(SMALL, init="olmo0424", d_model=256, ffn=1024)).model.layers
     for layer in (0, 1):
-        assert abs(scaled[layer].self_attn.o_proj.weight.std().item() / (0.9866 / math.sqrt(2 * 256 * (layer + 1))) - 1) < 0.05
-        assert abs(scaled[layer].mlp.up_proj.weight.std().item() / (0.9866 / math.sqrt(256)) - 1) < 0.05
+        assert (
+            abs(
+                scaled[layer].self_attn.o_proj.weight.std().item()
+                / (0.9866 / math.sqrt(2 * 256 * (layer + 1)))
+                - 1
+            )
+            < 0.05
+        )
+        assert (
+            abs(scaled[layer].mlp.up_proj.weight.std().item() / (0.9866 / math.sqrt(256)) - 1)
+            < 0.05
+        )
 
 
 def test_ablations_change_the_forward_pass_and_survive_a_directory(tmp_path):
@@ -129,21 +157,29 @@ def test_ablations_change_the_forward_pass_and_survive_a_directory(tmp_path):
         ((ce + z) / n).backward()
         network.save(tmp_path / field)
         assert torch.equal(OLMo2.load(tmp_path / field)(tokens), network(tokens))
-        with pytest.raises(Exception, match="olmo2-ablation"):  # transformers must not open it as what it is not
+        with pytest.raises(
+            Exception, match="olmo2-ablation"
+        ):  # transformers must not open it as what it is not
             AutoConfig.from_pretrained(tmp_path / field)
     block = OLMo2(dataclasses.replace(SMALL, norm="layernorm")).model.layers[0]
     assert not list(block.post_attention_layernorm.parameters())
     normed = block.post_attention_layernorm(x)
-    assert normed.mean(-1).abs().max() < 1e-5 and abs(normed.var(-1, unbiased=False).mean().item() - 1) < 1e-2
+    assert (
+        normed.mean(-1).abs().max() < 1e-5
+        and abs(normed.var(-1, unbiased=False).mean().item() - 1) < 1e-2
+    )
 
 
 class LargestTensor(TorchDispatchMode):
     """Remembers the most elements that any operation put out."""
+
     elements = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        self.elements = max([self.elements, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
+        self.elements = max(
+            [self.elements, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))]
+        )
         return out
 
 
@@ -152,19 +188,25 @@ def test_full_logits_never_exist_and_no_product_is_made_twice(monkeypatch):
     monkeypatch.setitem(ChunkedLoss.CHUNK, "cpu", 64 * config.vocab)
     network = OLMo2(config)
     tokens, targets = tokens_for(config, rows=4, length=128)
-    count = {torch.ops.aten.addmm_: lambda _, a, b, out_shape=None, **__: 2 * a[0] * a[1] * b[1]}  # torch counts addmm alone
+    count = {
+        torch.ops.aten.addmm_: lambda _, a, b, out_shape=None, **__: 2 * a[0] * a[1] * b[1]
+    }  # torch counts addmm alone
     with LargestTensor() as largest, FlopCounterMode(display=False, custom_mapping=count) as flops:
         ce, z, n = network.loss(tokens, targets)
         ((ce + z) / n).backward()
     logits = tokens.numel() * config.vocab
     assert largest.elements < logits / 2
-    assert flops.get_total_flops() == tokens.numel() * 6 * (config.parameters["total"] - config.parameters["embed"] - 9 * 32)  # 9 norms
+    assert flops.get_total_flops() == tokens.numel() * 6 * (
+        config.parameters["total"] - config.parameters["embed"] - 9 * 32
+    )  # 9 norms
     monkeypatch.undo()
     whole = OLMo2(config)
     ce2, z2, _ = whole.loss(tokens, targets)
     ((ce2 + z2) / n).backward()
     assert abs(ce.item() / ce2.item() - 1) < 1e-6 and abs(z.item() / z2.item() - 1) < 1e-6
-    assert all(difference(p.grad, q.grad) < 1e-5 for p, q in zip(network.parameters(), whole.parameters()))
+    assert all(
+        difference(p.grad, q.grad) < 1e-5 for p, q in zip(network.parameters(), whole.parameters())
+    )
 
 
 def test_loss_accumulates_and_refuses_other_backwards():
@@ -191,70 +233,6 @@ def test_loss_accumulates_and_refuses_other_backwards():
     assert (ce.item(), z.item(), count.item()) == (0, 0, 0)
 
 
-# ---- generation
-
-
-def without_cache(network, prompt, steps, temperature=0.0, draws=None):
-    """The same by forwarding the whole text for every token."""
-    tokens, log_probs = list(prompt), []
-    for step in range(steps):
-        log_p = F.log_softmax(network(torch.tensor([tokens]))[:, -1] / (temperature or 1.0), dim=-1)
-        tokens.append(pick(log_p, draws[step : step + 1] if draws is not None else None, temperature, 0, 1.0).item())
-        log_probs.append(log_p[0, tokens[-1]].item())
-    return tokens[len(prompt):], log_probs
-
-
-@pytest.mark.parametrize("shape", ["MHA", "GQA", "MQA"])
-@torch.no_grad()
-def test_cache_batch_and_neighbours_do_not_matter(shape, tmp_path):
-    network, _ = make_pair(SHAPES[shape], tmp_path)
-    prompts = [[3], list(range(60)), [7, 8, 9], [200] * 17]
-    together, together_p = network.generate(prompts, 40, temperature=0)
-    sampled, sampled_p = network.generate(prompts, 40, temperature=0.7, seed=[11, 12, 13, 14])
-    for i, prompt in enumerate(prompts):
-        tokens, log_probs = without_cache(network, prompt, 40)
-        assert tokens == together[i] and log_probs == pytest.approx(together_p[i], abs=1e-5)
-        alone, alone_p = network.generate([prompt], 40, temperature=0.7, seed=[11 + i])
-        assert alone[0] == sampled[i] and alone_p[0] == pytest.approx(sampled_p[i], abs=1e-5)
-    again, _ = network.generate(prompts[:2], 40, temperature=0.7, seed=5)
-    more, _ = network.generate(prompts, 40, temperature=0.7, seed=5)
-    assert again == more[:2] and again != network.generate(prompts[:2], 40, temperature=0.7, seed=6)[0]
-
-
-def test_rows_end_at_eos_at_the_limit_and_at_the_context(tmp_path):
-    network, _ = make_pair(SMALL, tmp_path)
-    prompts = [[i] for i in range(1, 12)]
-    free, free_p = network.generate(prompts, 30, temperature=1.0, seed=0)
-    eos = free[0][3]
-    ended, ended_p = network.generate(prompts, 30, temperature=1.0, seed=0, eos=eos)
-    for i in range(len(prompts)):  # each row is cut after its own first EOS, the rest is untouched, as rows leave the batch
-        cut = free[i].index(eos) + 1 if eos in free[i] else 30
-        assert ended[i] == free[i][:cut] and ended_p[i] == pytest.approx(free_p[i][:cut], abs=1e-5)
-    assert [len(row) for row in network.generate([[1] * 120, [1]], 50, temperature=0)[0]] == [9, 50]  # context 128: 8 slots, 1 more
-    assert network.generate([[1]], 0)[0] == [[]]
-    for prompts, words in (([[]], "at least one token"), ([[1] * 128], "no room"), ([], "at least one")):
-        with pytest.raises(UserError, match=words):
-            network.generate(prompts, 5)
-    with pytest.raises(UserError, match="seed must be at least 0"):
-        network.generate([[1]], 5, seed=-1)
-    with pytest.raises(UserError, match="top_p 0"):
-        network.generate([[1]], 5, top_p=0)
-
-
-def test_sampling_follows_the_distribution():
-    probabilities = torch.tensor([0.05, 0.4, 0.25, 0.1, 0.2])
-    draws = (torch.arange(10_000) + 0.5) / 10_000
-
-    def shares(top_k=0, top_p=1.0):
-        picked = pick(probabilities.log().expand(10_000, -1), draws, 1.0, top_k, top_p)
-        return (torch.bincount(picked, minlength=5) / 10_000).tolist()
-
-    assert shares() == pytest.approx(probabilities.tolist(), abs=2e-4)
-    assert shares(top_k=2) == pytest.approx([0, 0.4 / 0.65, 0.25 / 0.65, 0, 0], abs=2e-4)
-    assert shares(top_p=0.6) == pytest.approx([0, 0.4 / 0.65, 0.25 / 0.65, 0, 0], abs=2e-4)  # 0.4 is short of 0.6: one more
-    assert shares(top_p=0.3) == [0, 1, 0, 0, 0] == shares(top_k=1)
-
-
 # ---- files
 
 
@@ -267,18 +245,23 @@ def test_directories_round_trip_both_ways(tmp_path):
         back = OLMo2.load(tmp_path / folder)
         assert back.config == ours.config
         assert all(torch.equal(p, q) for p, q in zip(back.parameters(), ours.parameters()))
-    assert torch.equal(Olmo2ForCausalLM.from_pretrained(tmp_path / "sharded").lm_head.weight, ours.lm_head.weight)
+    assert torch.equal(
+        Olmo2ForCausalLM.from_pretrained(tmp_path / "sharded").lm_head.weight, ours.lm_head.weight
+    )
     ours.save(tmp_path / "sharded")  # renewed as one file: the old shards and their index are gone
     assert [p.name for p in (tmp_path / "sharded").glob("*safetensors*")] == ["model.safetensors"]
     half = OLMo2.load(tmp_path / "theirs", dtype=torch.bfloat16)
     half.save(tmp_path / "bf16")
     assert json.loads((tmp_path / "bf16/config.json").read_text())["torch_dtype"] == "bfloat16"
     wide = OLMo2.load(tmp_path / "bf16")
-    assert all(torch.equal(p, q.bfloat16().float()) for p, q in zip(wide.parameters(), ours.parameters()))
+    assert all(
+        torch.equal(p, q.bfloat16().float()) for p, q in zip(wide.parameters(), ours.parameters())
+    )
 
 
 def test_what_does_not_fit_is_named(tmp_path):
     from safetensors.torch import load_file, save_file
+
     OLMo2(SMALL).save(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     config = json.loads((tmp_path / "config.json").read_text())
@@ -289,9 +272,15 @@ def test_what_does_not_fit_is_named(tmp_path):
         with pytest.raises(UserError, match=words):
             OLMo2.load(tmp_path)
 
-    refused("model.norm.weight is missing", {k: v for k, v in weights.items() if k != "model.norm.weight"})
+    refused(
+        "model.norm.weight is missing",
+        {k: v for k, v in weights.items() if k != "model.norm.weight"},
+    )
     refused("surplus is not in this model", weights | {"surplus": torch.ones(2)})
-    refused(r"lm_head.weight is \[255, 64\], not \[256, 64\]", weights | {"lm_head.weight": torch.ones(255, 64)})
+    refused(
+        r"lm_head.weight is \[255, 64\], not \[256, 64\]",
+        weights | {"lm_head.weight": torch.ones(255, 64)},
+    )
     refused("type 'llama'", model_type="llama")
     refused("tie_word_embeddings", tie_word_embeddings=True)
     refused("lacks hidden_size", hidden_size=None)

@@ -1,4 +1,5 @@
 """pretrain.py: its schedule against the published rates, its states against damage, its runs against interruption."""
+
 import contextlib
 import doctest
 import json
@@ -20,25 +21,46 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import pretrain as module
 import sample
 from data import get_tokenizer
+from infra.checkpoint import list_states, newest_state, verify_state
+from infra.metrics import read_metrics
 from model import SIZES, OLMo2
-from pretrain import RECIPES, Config, SkipStep, check, find_damage, list_states, lr_at, newest_state, read_flags, read_metrics
+from pretrain import Config, SkipStep, check, lr_at, read_settings
+from recipes import PRETRAIN
 
 SHORT = "--seq-len 32 --batch 4 --threads 1 --save-every 8 --eval-every 8 --val-tokens 512 --log-every 4 --warmup 512 --data tokens/embedded-laptop".split()
 
 
 def run(out, steps=16, *flags):
     """A short run through the command's own main; its folder."""
-    module.main([*SHORT, "--tokens", str(steps * 128), "--horizon", "4096", "--out", str(out), *map(str, flags)])
+    module.main(
+        [
+            *SHORT,
+            "--tokens",
+            str(steps * 128),
+            "--horizon",
+            "4096",
+            "--out",
+            str(out),
+            *map(str, flags),
+        ]
+    )
     return out
 
 
 def rows_of(folder):
-    return [{k: v for k, v in row.items() if k not in kill.TIME_FIELDS} for row in read_metrics(folder)]
+    return [
+        {k: v for k, v in row.items() if k not in kill.TIME_FIELDS} for row in read_metrics(folder)
+    ]
 
 
 def tensors_of(folder):
     state = list_states(folder)[0]
-    return {f"{part}/{name}": tensor for part in ("model", "optim") for path in (state / part).glob("*") for name, tensor in load_file(path).items()}
+    return {
+        f"{part}/{name}": tensor
+        for part in ("model", "optim")
+        for path in (state / part).glob("*")
+        for name, tensor in load_file(path).items()
+    }
 
 
 def same_run(one, two):
@@ -50,34 +72,57 @@ def same_run(one, two):
 # ---- recipes and rules
 
 
-@pytest.mark.parametrize("size, steps, last_lr", [("1B", 1_907_359, 7.4487e-5), ("7B", 928_646, 6.1351e-5), ("13B", 596_057, 9.0e-5), ("32B", 721_901, 6.6232e-5)])
+@pytest.mark.parametrize(
+    "size, steps, last_lr",
+    [
+        ("1B", 1_907_359, 7.4487e-5),
+        ("7B", 928_646, 6.1351e-5),
+        ("13B", 596_057, 9.0e-5),
+        ("32B", 721_901, 6.6232e-5),
+    ],
+)
 def test_recipes_end_at_the_published_step_and_rate(size, steps, last_lr):
-    c, origin = read_flags(["--size", size, "--data", "x.npy"])
+    c, origin = read_settings(["--size", size, "--data", "x.npy"])
     check(c)
-    assert c.tokens == steps * c.batch * c.seq_len and c.batch * c.seq_len == {"1B": 2_097_152, "7B": 4_194_304}.get(size, 8_388_608)
+    assert c.tokens == steps * c.batch * c.seq_len and c.batch * c.seq_len == {
+        "1B": 2_097_152,
+        "7B": 4_194_304,
+    }.get(size, 8_388_608)
     assert lr_at(c.tokens, c) == pytest.approx(last_lr, rel=1e-4)
-    assert lr_at(c.warmup, c) == pytest.approx(c.lr) and lr_at(c.batch * c.seq_len, c) == pytest.approx(c.lr * c.batch * c.seq_len / c.warmup)
+    assert lr_at(c.warmup, c) == pytest.approx(c.lr) and lr_at(
+        c.batch * c.seq_len, c
+    ) == pytest.approx(c.lr * c.batch * c.seq_len / c.warmup)
     assert lr_at(2 * c.horizon, c) == pytest.approx(0.1 * c.lr)
-    assert origin["lr"] == ("default" if "lr" not in RECIPES[size] else f"recipe {size}") and origin["data"] == "flag" and origin["clip"] == "default"
-    if size == "7B":  # the published start of its anneal is the rate at the last multiple of 1,000 steps
+    assert (
+        origin["lr"] == ("default" if "lr" not in PRETRAIN[size] else f"recipe {size}")
+        and origin["data"] == "flag"
+        and origin["clip"] == "default"
+    )
+    if (
+        size == "7B"
+    ):  # the published start of its anneal is the rate at the last multiple of 1,000 steps
         assert lr_at(928_000 * 4_194_304, c) == pytest.approx(6.1499e-5, rel=1e-4)
 
 
 def test_every_size_has_a_recipe_and_a_model():
-    assert RECIPES.keys() == SIZES.keys()
+    assert PRETRAIN.keys() == SIZES.keys()
     for size in SIZES:
-        check(read_flags(["--size", size, "--data", "x.npy"])[0])
+        check(read_settings(["--size", size, "--data", "x.npy"])[0])
 
 
 def test_weights_decay_but_for_the_input_embedding():
     network = OLMo2(SIZES["tiny"])
     groups = module.make_optimizer(network, Config()).param_groups
-    assert [(g["weight_decay"], len(g["params"])) for g in groups] == [(0.0, 1), (0.1, 3 + 4 * 11 - 1)]
+    assert [(g["weight_decay"], len(g["params"])) for g in groups] == [
+        (0.0, 1),
+        (0.1, 3 + 4 * 11 - 1),
+    ]
     assert groups[0]["params"][0] is network.model.embed_tokens.weight
 
 
 def test_skip_step_decides_as_olmo_core_and_survives_nan():
     from olmo_core.optim import SkipStepAdamW
+
     rng = np.random.default_rng(0)
     theirs = SkipStepAdamW([torch.nn.Parameter(torch.zeros(2))])
     ours, skipped = SkipStep(6.0), 0
@@ -110,23 +155,51 @@ def finished(workplace):
 
 def test_a_run_leaves_what_it_promises(finished, here):
     settings = json.loads((finished / "run.json").read_text())
-    assert settings["config"]["seq_len"] == {"value": 32, "from": "flag"} and settings["config"]["lr"]["from"] == "recipe tiny"
-    assert settings["versions"]["torch"] == torch.__version__ and settings["hardware"]["threads"] == 1 and len(settings["data"]["hash"]) == 12
+    assert (
+        settings["config"]["seq_len"] == {"value": 32, "from": "flag"}
+        and settings["config"]["lr"]["from"] == "recipe tiny"
+    )
+    assert (
+        settings["versions"]["torch"] == torch.__version__
+        and settings["hardware"]["threads"] == 1
+        and len(settings["data"]["hash"]) == 12
+    )
     rows = read_metrics(finished)
     steps = [row for row in rows if row["event"] == "step"]
     assert [row["step"] for row in steps] == list(range(1, 17)) and steps[-1]["tokens"] == 16 * 128
-    assert {"loss", "z_loss", "lr", "grad_norm", "skipped", "tokens_per_s", "mfu", "seconds"} < steps[0].keys()
-    assert steps[0]["loss"] == pytest.approx(math.log(1024), rel=0.05) and steps[-1]["loss"] < steps[0]["loss"] - 0.5
+    assert {
+        "loss",
+        "z_loss",
+        "lr",
+        "grad_norm",
+        "skipped",
+        "tokens_per_s",
+        "mfu",
+        "seconds",
+    } < steps[0].keys()
+    assert (
+        steps[0]["loss"] == pytest.approx(math.log(1024), rel=0.05)
+        and steps[-1]["loss"] < steps[0]["loss"] - 0.5
+    )
     assert steps[3]["lr"] == pytest.approx(1e-2) and steps[0]["lr"] == pytest.approx(2.5e-3)
     evals = [row for row in rows if row["event"] == "eval"]
-    assert [row["step"] for row in evals] == [8, 16] and set(evals[0]["bpb"]) == {"docs", "code", "math", "qa"}
+    assert [row["step"] for row in evals] == [8, 16] and set(evals[0]["bpb"]) == {
+        "docs",
+        "code",
+        "math",
+        "qa",
+    }
     assert (finished / "curves.png").stat().st_size > 10_000
     assert [p.name for p in list_states(finished)] == ["step16-tokens3K", "step8-tokens2K"]
     for folder in list_states(finished):
-        assert find_damage(folder) is None
+        assert verify_state(folder) is None
         for path in folder.glob("*/*"):  # a header of JSON behind its length, not a pickle in a zip
             assert path.suffix == ".safetensors" and path.read_bytes()[8:9] == b"{"
-        assert {k.split(".")[0] for k in load_file(next((folder / "optim").glob("*")))} == {"step", "exp_avg", "exp_avg_sq"}
+        assert {k.split(".")[0] for k in load_file(next((folder / "optim").glob("*")))} == {
+            "step",
+            "exp_avg",
+            "exp_avg_sq",
+        }
 
 
 def test_what_it_wrote_opens_everywhere(finished, here, capsys):
@@ -135,7 +208,9 @@ def test_what_it_wrote_opens_everywhere(finished, here, capsys):
     theirs = AutoModelForCausalLM.from_pretrained(finished / "hf", dtype=torch.float32)
     assert type(theirs).__name__ == "Olmo2ForCausalLM"
     assert ((ours(tokens) - theirs(tokens).logits).norm() / ours(tokens).norm()).item() < 1e-5
-    assert AutoTokenizer.from_pretrained(finished / "hf")("def f():")["input_ids"] == get_tokenizer(finished).encode("def f():")
+    assert AutoTokenizer.from_pretrained(finished / "hf")("def f():")["input_ids"] == get_tokenizer(
+        finished
+    ).encode("def f():")
     checkpoint = OLMo2.load(list_states(finished)[0])
     assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), checkpoint.parameters()))
     assert not torch.equal(OLMo2.load(list_states(finished)[1]).lm_head.weight, ours.lm_head.weight)
@@ -145,7 +220,8 @@ def test_what_it_wrote_opens_everywhere(finished, here, capsys):
     assert texts[0].startswith("def ") and len(set(texts[: len(texts) // 3])) == len(set(texts)) > 0
 
 
-def test_the_same_command_again_finds_it_finished(finished, here, capsys):
+def test_the_same_command_again_finds_it_finished(finished, here, tmp_path, capsys):
+    finished = shutil.copytree(finished, tmp_path / "run")
     before = rows_of(finished)
     run(finished, 16)
     assert "was finished already" in capsys.readouterr().out and rows_of(finished) == before
@@ -153,7 +229,23 @@ def test_the_same_command_again_finds_it_finished(finished, here, capsys):
     from_state = OLMo2.load(finished)  # without hf/, a run's newest state serves
     run(finished, 16)  # and hf/ is made again
     assert torch.equal(OLMo2.load(finished / "hf").lm_head.weight, from_state.lm_head.weight)
-    line = fails(module.main, [*SHORT, "--tokens", "2048", "--horizon", "4096", "--out", str(finished), "--lr", "0.1", "--seed", "7"], capsys)
+    line = fails(
+        module.main,
+        [
+            *SHORT,
+            "--tokens",
+            "2048",
+            "--horizon",
+            "4096",
+            "--out",
+            str(finished),
+            "--lr",
+            "0.1",
+            "--seed",
+            "7",
+        ],
+        capsys,
+    )
     assert "lr 0.01 -> 0.1" in line and "seed 6198 -> 7" in line and "--out" in line
     assert rows_of(finished) == before
 
@@ -165,7 +257,9 @@ def test_same_seed_same_bits_and_resumed_as_if_never_stopped(finished, here):
 
 
 def test_accumulation_changes_nothing_but_the_last_bits(here, monkeypatch):
-    filtered = module.TokenData.batch  # two rows of four without targets: a mean of means would show
+    filtered = (
+        module.TokenData.batch
+    )  # two rows of four without targets: a mean of means would show
 
     def batch(self, step, rows, *args, **kwargs):
         tokens, targets = filtered(self, step, rows, *args, **kwargs)
@@ -175,20 +269,36 @@ def test_accumulation_changes_nothing_but_the_last_bits(here, monkeypatch):
 
     monkeypatch.setattr(module.TokenData, "batch", batch)
     whole, parts = run(here / "runs/whole", 6), run(here / "runs/parts", 6, "--micro-batch", 1)
-    losses = [[row["loss"] for row in read_metrics(folder) if row["event"] == "step"] for folder in (whole, parts)]
+    losses = [
+        [row["loss"] for row in read_metrics(folder) if row["event"] == "step"]
+        for folder in (whole, parts)
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=2e-6) and losses[0] != losses[1]
 
 
 def test_starts_from_the_weights_of_another_run(finished, here, tmp_path, capsys):
     again = run(tmp_path / "more", 2, "--init", finished)
-    before, first = (next(row for row in read_metrics(again) if row["event"] == event) for event in ("eval", "step"))
-    assert before["step"] == 0 and before["bpb"] == [row for row in read_metrics(finished) if row["event"] == "eval"][-1]["bpb"]
+    before, first = (
+        next(row for row in read_metrics(again) if row["event"] == event)
+        for event in ("eval", "step")
+    )
+    assert (
+        before["step"] == 0
+        and before["bpb"]
+        == [row for row in read_metrics(finished) if row["event"] == "eval"][-1]["bpb"]
+    )
     assert first["loss"] < read_metrics(finished)[0]["loss"] - 0.2
     network = OLMo2.load(finished)
     network.save(tmp_path / "other")
     other = get_tokenizer("laptop")
-    type(other)("other", other.ranks, other.pattern, {"<|endoftext|>": 1001, "<|pad|>": 1000}).save(tmp_path / "other")
-    assert "another tokenizer than laptop" in fails(module.main, [*SHORT, "--init", str(tmp_path / "other"), "--out", str(tmp_path / "x")], capsys)
+    type(other)("other", other.ranks, other.pattern, {"<|endoftext|>": 1001, "<|pad|>": 1000}).save(
+        tmp_path / "other"
+    )
+    assert "another tokenizer than laptop" in fails(
+        module.main,
+        [*SHORT, "--init", str(tmp_path / "other"), "--out", str(tmp_path / "x")],
+        capsys,
+    )
 
 
 # ---- interruption and damage
@@ -197,39 +307,85 @@ def test_starts_from_the_weights_of_another_run(finished, here, tmp_path, capsys
 @pytest.mark.parametrize("flags", [["--kills", "6"], ["--kills", "3", "--ranks", "2"]])
 def test_kills_do_not_show(flags, tmp_path):
     """In a process of its own, whose children are forked before any thread is started."""
-    out = subprocess.run([sys.executable, ROOT / "tests/kill.py", *flags], capture_output=True, text=True, cwd=tmp_path)
-    assert out.returncode == 0 and "as if it had never been killed" in out.stdout, out.stderr[-3000:]
+    out = subprocess.run(
+        [sys.executable, ROOT / "tests/kill.py", *flags],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert out.returncode == 0 and "as if it had never been killed" in out.stdout, out.stderr[
+        -3000:
+    ]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_stops(number, finished, here, tmp_path):
-    command = [sys.executable, ROOT / "pretrain.py", *SHORT, "--tokens", str(16 * 128), "--horizon", "4096", "--out", tmp_path / "run"]
-    child = subprocess.Popen([*command, "--save-every", "1000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_a_signal_saves_and_stops(number, finished, here, sigint, tmp_path):
+    command = [
+        sys.executable,
+        ROOT / "pretrain.py",
+        *SHORT,
+        "--tokens",
+        str(16 * 128),
+        "--horizon",
+        "4096",
+        "--out",
+        tmp_path / "run",
+    ]
+    child = subprocess.Popen(
+        [*command, "--save-every", "1000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while "step  4/16" not in child.stdout.readline():
         assert child.poll() is None, child.stderr.read()
     child.send_signal(number)
     _, errors = child.communicate()
     if "stopped by" in errors:  # else it was faster than the signal
         assert child.returncode == 128 + number and f"stopped by {number.name}" in errors
-        assert int(json.loads((list_states(tmp_path / "run")[0] / "state.json").read_text())["step"]) < 16
+        assert (
+            int(json.loads((list_states(tmp_path / "run")[0] / "state.json").read_text())["step"])
+            < 16
+        )
     run(tmp_path / "run", 16)
     a, b = tensors_of(finished), tensors_of(tmp_path / "run")
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_run_has_one_writer(finished, here, capsys):
-    command = [sys.executable, "-c", f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import pretrain\n"
-               f"with pretrain.sole_writer(pretrain.Path({str(finished)!r})): print('writing', flush=True); time.sleep(60)"]
+def test_a_run_has_one_writer(finished, here, tmp_path, capsys):
+    finished = shutil.copytree(finished, tmp_path / "run")
+    command = [
+        sys.executable,
+        "-c",
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from infra.run import run_lock\n"
+        f"with run_lock(Path({str(finished)!r})): print('writing', flush=True); time.sleep(60)",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout.readline() == "writing\n"
-        assert "another process is writing to" in fails(module.main, [*SHORT, "--tokens", "2048", "--horizon", "4096", "--out", str(finished)], capsys)
+        assert "another process is writing to" in fails(
+            module.main,
+            [*SHORT, "--tokens", "2048", "--horizon", "4096", "--out", str(finished)],
+            capsys,
+        )
         child.kill()  # and dead it does not stand in the way
         child.wait()
         run(finished, 16)
 
 
-@pytest.mark.parametrize("damage", ["bit flipped", "file truncated", "file missing", "file too many", "manifest cut", "manifest missing"])
-def test_a_damaged_state_is_named_and_the_one_before_is_used(damage, finished, here, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "bit flipped",
+        "file truncated",
+        "file missing",
+        "file too many",
+        "manifest cut",
+        "manifest missing",
+    ],
+)
+def test_a_damaged_state_is_named_and_the_one_before_is_used(
+    damage, finished, here, tmp_path, capsys
+):
     shutil.copytree(finished, tmp_path / "run")
     newest = list_states(tmp_path / "run")[0]
     weights = next((newest / "model").glob("*"))
@@ -256,14 +412,26 @@ def test_a_full_disk_loses_nothing(finished, here, tmp_path):
     """The disk is full for real: the kernel refuses to let a file grow beyond a limit."""
     folder = tmp_path / "run"
     run(folder, 8)
-    command = [sys.executable, "-c", f"import resource, signal; resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)); "
-               f"signal.signal(signal.SIGXFSZ, signal.SIG_IGN); import sys; sys.path.insert(0, {str(ROOT)!r}); import model, pretrain; model.run_cli(pretrain.main)",
-               *SHORT, "--tokens", str(16 * 128), "--horizon", "4096", "--out", str(folder)]
+    command = [
+        sys.executable,
+        "-c",
+        f"import resource, signal; resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)); "
+        f"signal.signal(signal.SIGXFSZ, signal.SIG_IGN); import sys; sys.path.insert(0, {str(ROOT)!r}); import pretrain; pretrain.run_cli(pretrain.main)",
+        *SHORT,
+        "--tokens",
+        str(16 * 128),
+        "--horizon",
+        "4096",
+        "--out",
+        str(folder),
+    ]
     out = subprocess.run(command, capture_output=True, text=True)
     assert out.returncode == 2, out.stderr
     line = out.stderr.strip().splitlines()[-1]
     assert line.startswith("error: could not save") and "File too large" in line
-    assert [p.name for p in list_states(folder)] == ["step8-tokens2K"] and not list(folder.glob(".saving*"))
+    assert [p.name for p in list_states(folder)] == ["step8-tokens2K"] and not list(
+        folder.glob(".saving*")
+    )
     same_run(finished, run(folder, 16))
 
 
@@ -276,7 +444,9 @@ def test_leftovers_of_a_death_while_saving_are_cleared(finished, here, tmp_path)
     assert not list((tmp_path / "run").glob(".saving*"))
 
 
-def test_non_finite_steps_are_skipped_and_an_endless_row_of_them_ends_the_run(here, tmp_path, monkeypatch, capsys):
+def test_non_finite_steps_are_skipped_and_an_endless_row_of_them_ends_the_run(
+    here, tmp_path, monkeypatch, capsys
+):
     real = OLMo2.loss
     calls = []
 
@@ -285,7 +455,9 @@ def test_non_finite_steps_are_skipped_and_an_endless_row_of_them_ends_the_run(he
         calls.append(1)
         weight = self.lm_head.weight.data
         before = weight[5, 5].clone()
-        weight[5, 5] = {3: math.nan, 5: 3e38}.get(len(calls), before) if len(calls) < 9 else math.nan
+        weight[5, 5] = (
+            {3: math.nan, 5: 3e38}.get(len(calls), before) if len(calls) < 9 else math.nan
+        )
         result = real(self, *args)
         weight[5, 5] = before
         return result
@@ -296,39 +468,62 @@ def test_non_finite_steps_are_skipped_and_an_endless_row_of_them_ends_the_run(he
     steps = [row for row in read_metrics(folder) if row["event"] == "step"]
     assert [row["step"] for row in steps if row["skipped"]] == [3, 5] and steps[2]["loss"] is None
     assert all(torch.isfinite(t).all() for t in tensors_of(folder).values())
-    assert next(v for k, v in tensors_of(folder).items() if "optim/step" in k).item() == 6  # Adam did not advance
-    line = fails(module.main, [*SHORT, "--tokens", "128000", "--out", str(tmp_path / "nan")], capsys)
+    assert (
+        next(v for k, v in tensors_of(folder).items() if "optim/step" in k).item() == 6
+    )  # Adam did not advance
+    line = fails(
+        module.main, [*SHORT, "--tokens", "128000", "--out", str(tmp_path / "nan")], capsys
+    )
     assert "20 steps in a row were skipped, up to step 20" in line and "lower --lr" in line
 
 
 # ---- bad input: one clear line, exit status 2
 
 
-@pytest.mark.parametrize("flags, words", [
-    ("--size 7b", "unknown size '7b': did you mean 7B?"),
-    ("--size=2B", "sizes are tiny, 14M"),
-    ("--lr nan", "--lr nan must be above 0"),
-    ("--lr -1 --clip 0 --beta1 1", "--lr -1.0 must be above 0; --clip 0.0 must be above 0; --beta1 1.0 must be from 0"),
-    ("--tokens 0", "--tokens 0 must be at least 1"),
-    ("--batch 10 --micro-batch 4", "--batch 10 = 2.50 x --micro-batch 4 does not divide: use --batch 8 or 12"),
-    ("--norm-position post", "must be reordered or pre"),
-    ("--size 7B", "--size 7B needs --data: the token files of OLMo-mix-1124"),
-    ("--data nothing.npy", "nothing.npy does not exist"),
-    ("--data tokens/embedded-laptop --batch 1e6 --micro-batch 1e6", "fewer than one batch of 1000000"),
-    ("--data tokens/embedded-laptop --tokenizer tokens", "tokens holds no model"),
-    ("--out /proc/nothing/run", "cannot write to /proc/nothing/run"),
-    ("--init tokens", "tokens"),
-    ("--device tpu", "no device 'tpu'"),
-    ("--data tokens/embedded-laptop/corpus.json", "tokenise it first, with python data.py"),
-    ("--data tokens/embedded-laptop --seq-len 1e7", "a smaller --seq-len"),
-    ("--val nothing", "nothing does not exist"),
-    ("--seed -1", "--seed -1 must be at least 0"),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--size 7b", "unknown size '7b', did you mean 7B?"),
+        ("--size=2B", "sizes are tiny, 14M"),
+        ("--lr nan", "--lr nan must be above 0"),
+        (
+            "--lr -1 --clip 0 --beta1 1",
+            "--clip 0.0 must be above 0; --lr -1.0 must be above 0; --beta1 1.0 must be from 0",
+        ),
+        ("--tokens 0", "--tokens 0 must be at least 1"),
+        (
+            "--batch 10 --micro-batch 4",
+            "--batch 10 = 2.50 x --micro-batch 4 does not divide: use --batch 8 or 12",
+        ),
+        ("--size 7B", "--size 7B needs --data: the token files of OLMo-mix-1124"),
+        ("--data nothing.npy", "nothing.npy does not exist"),
+        (
+            "--data tokens/embedded-laptop --batch 1e6 --micro-batch 1e6",
+            "fewer than one batch of 1000000",
+        ),
+        ("--data tokens/embedded-laptop --tokenizer tokens", "tokens holds no model"),
+        ("--out /proc/nothing/run", "cannot write to /proc/nothing/run"),
+        ("--init tokens", "tokens"),
+        ("--device tpu", "no device 'tpu'"),
+        ("--data tokens/embedded-laptop/corpus.json", "tokenise it first, with python data.py"),
+        ("--data tokens/embedded-laptop --seq-len 1e7", "a smaller --seq-len"),
+        ("--val nothing", "nothing does not exist"),
+        ("--seed -1", "--seed -1 must be at least 0"),
+    ],
+)
 def test_bad_input(flags, words, here, capsys):
     assert words in fails(module.main, flags.split(), capsys)
 
 
-@pytest.mark.parametrize("flags, words", [("--warmups 1", "--warmup"), ("--batch 1.5", "batch"), ("--micro-batc 2", "--micro-batch")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--warmups 1", "--warmup"),
+        ("--batch 1.5", "batch"),
+        ("--micro-batc 2", "--micro-batch"),
+        ("--norm-position post", "reordered"),
+    ],
+)
 def test_bad_flags_are_explained_by_tyro(flags, words, here, capsys):
     with pytest.raises(SystemExit) as exit:
         module.main(flags.split())
@@ -338,21 +533,38 @@ def test_bad_flags_are_explained_by_tyro(flags, words, here, capsys):
 def test_a_state_of_another_model_is_refused(finished, here, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run/run.json").unlink()
-    line = fails(module.main, [*SHORT, "--tokens", "2048", "--out", str(tmp_path / "run"), "--no-qk-norm"], capsys)
-    assert "holds another model (qk_norm True, not False)" in line
+    line = fails(
+        module.main,
+        [*SHORT, "--tokens", "2048", "--out", str(tmp_path / "run"), "--no-qk-norm"],
+        capsys,
+    )
+    assert "holds another model (" in line and "qk_norm None, not False)" in line
 
 
 def test_numbers_may_be_written_as_people_write_them(capsys):
-    c, _ = read_flags("--tokens 1e6 --batch 2_048 --micro-batch 16".split())
+    c, _ = read_settings("--tokens 1e6 --batch 2_048 --micro-batch 16".split())
     assert (c.tokens, c.batch, c.micro_batch) == (1_000_000, 2048, 16)
 
 
 def test_help_shows_the_values_of_the_size(capsys):
-    for size, words in (("7B", ["3e-4|0.0003", "1024", "3895", "laptop CPU|torchrun|One training loop|one training loop"]), ("32B", ["774861|6500005", "34521"])):
+    for size, words in (
+        (
+            "7B",
+            [
+                "3e-4|0.0003",
+                "1024",
+                "3895",
+                "laptop CPU|torchrun|One training loop|one training loop",
+            ],
+        ),
+        ("32B", ["774861|6500005", "34521"]),
+    ):
         with pytest.raises(SystemExit) as exit:
             module.main(["--size", size, "--help"])
         shown = capsys.readouterr().out
-        assert exit.value.code == 0 and all(any(word in shown for word in choice.split("|")) for choice in words), shown
+        assert exit.value.code == 0 and all(
+            any(word in shown for word in choice.split("|")) for choice in words
+        ), shown
 
 
 def test_docstrings():

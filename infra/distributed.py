@@ -1,0 +1,595 @@
+"""Many processes that act as one: ranks, their errors, devices, sharding, and a check that they
+agree.
+
+The engine is PyTorch's own: `torchrun` starts the ranks, FSDP2 shards the weights. Without torchrun
+there is one plain process, and every function here still works: rank 0 of a world of 1.
+"""
+
+import contextlib
+import ctypes
+import datetime
+import functools
+import gc
+import hashlib
+import json
+import math
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils.checkpoint import checkpoint
+
+from infra.files import UserError, join_problems
+from infra.settings import RunSettings
+
+# ------------------------------------------------------------------------------------------
+# One command line, one voice: errors in one line however many ranks there are
+
+
+def run_cli(main: Callable[[], None]) -> None:
+    """Run a script's main. A UserError becomes one line on standard error and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        rank = int(os.environ.get("RANK", 0))
+        # Before the ranks have met, all of them read the same command line and find the same error.
+        if rank == 0 or (distributed.is_initialized() and not error.everywhere):
+            who = f"rank {rank}: " if rank else ""
+            print(f"{who}error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("interrupted" if int(os.environ.get("RANK", 0)) == 0 else 1)
+
+
+def rank_and_world() -> tuple[int, int]:
+    """(number of this process, number of processes); (0, 1) without a process group."""
+    if not distributed.is_initialized():
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def all_gather_objects(value, group=None) -> list:
+    """The values of all ranks, by rank."""
+    if not distributed.is_initialized():
+        return [value]
+    values = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value, group)
+    return values
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """Sum over ranks, in place."""
+    if distributed.is_initialized():
+        distributed.all_reduce(values)
+    return values
+
+
+def run_on_all_ranks(work: Callable, *arguments, group=None):
+    """Run `work(*arguments)` on every rank and return its result here.
+
+    If it raises UserError or OSError on any rank, all ranks raise UserError, so that none waits for
+    another.
+    """
+    result, problem = None, None
+    try:
+        result = work(*arguments)
+    except (UserError, OSError) as error:
+        problem = str(error)
+    ranks_of: dict[str, list[int]] = {}
+    for rank, text in enumerate(all_gather_objects(problem, group)):
+        if text:
+            ranks_of.setdefault(text, []).append(rank)
+    if ranks_of:
+        texts = [name_ranks(text, ranks) for text, ranks in ranks_of.items()]
+        raise UserError("; ".join(texts), everywhere=True)
+    return result
+
+
+def name_ranks(text: str, ranks: list[int]) -> str:
+    """An error with the ranks that met it; what rank 0 met needs no name."""
+    return text if 0 in ranks else f"rank {', '.join(map(str, ranks[:8]))}: {text}"
+
+
+def on_rank_zero(work: Callable, *arguments, group=None) -> None:
+    """Run `work(*arguments)` on rank 0 alone, while the others wait for it."""
+    rank, _ = rank_and_world()
+    if rank == 0:
+        run_on_all_ranks(work, *arguments, group=group)
+    else:
+        run_on_all_ranks(type(None), group=group)  # does nothing, and hears of rank 0's errors
+
+
+def map_over_ranks(rows: list, work: Callable[[list], list]) -> list:
+    """`work(rows)` with the rows shared out over the ranks; all ranks get all results, in order.
+
+    Every rank gets equally many rows, since under FSDP all must run the same number of forwards.
+    """
+    rank, world = rank_and_world()
+    filled = rows + rows[:1] * (-len(rows) % world)
+    parts = all_gather_objects(work(filled[rank::world]))
+    return [parts[i % world][i // world] for i in range(len(rows))]
+
+
+# ------------------------------------------------------------------------------------------
+# Devices
+
+# Dense bf16 peak, FLOP/s, from the vendors' data sheets; the longest matching name wins.
+PEAK_FLOPS = {
+    "H100": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "MI300X": 1307e12,
+    "MI250X": 191.5e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of an accelerator, for MFU; None where it is not known, as on a CPU."""
+    if device.type != "cuda":
+        return None
+    words = set(torch.cuda.get_device_name(device).replace("-", " ").split())
+    known = [name for name in PEAK_FLOPS if words.issuperset(name.split())]
+    return PEAK_FLOPS[max(known, key=len)] if known else None
+
+
+def best_device(name: str = "auto") -> torch.device:
+    """The device `name`; of `auto`: CUDA, else Apple's MPS, else the CPU. Raises UserError if it is
+    absent.
+    """
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available.insert(0, "cuda")
+    if name == "auto":
+        name = available[0]
+    if name.split(":")[0] not in available:
+        raise UserError(f"no device {name!r} here: use one of auto, {', '.join(available)}")
+    return torch.device(name)
+
+
+def keep_freed_memory(keep: bool) -> None:
+    """Let glibc keep large freed buffers for the next step, or return each one at once.
+
+    A step needs the same buffers again, and the kernel would have to clear them each time.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 2**30 if keep else 2**20)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**31 - 1 if keep else 2**20)  # M_TRIM_THRESHOLD
+
+
+# ------------------------------------------------------------------------------------------
+# Meeting and parting
+
+
+def init_process(device_name: str, threads: int, timeout: int) -> torch.device:
+    """Prepare this process for a run and meet the other ranks; returns its device. Raises
+    UserError.
+
+    threads: of the CPU, 0 for torch's choice. timeout: seconds to wait for another rank.
+    """
+    keep_freed_memory(True)
+    device = init_distributed(device_name, timeout)
+    if device.type == "cuda":  # an earlier run in the same process may have left its memory
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    if threads:
+        torch.set_num_threads(threads)
+    return device
+
+
+def init_distributed(device_name: str, timeout: int) -> torch.device:
+    """Join the process group of torchrun, if there is one; returns this process' device. Raises
+    UserError.
+
+    On CUDA a single process is a world of one, so that bf16 is computed in one way. On a CPU it
+    stays plain.
+    """
+    device = best_device(device_name)
+    on_cuda = device.type == "cuda"
+    if distributed.is_initialized():  # by an earlier run of the same process
+        return torch.device("cuda", torch.cuda.current_device()) if on_cuda else device
+    under_torchrun = "RANK" in os.environ
+    if not under_torchrun and not on_cuda:
+        return device
+    if device.type == "mps":
+        raise UserError("torchrun on a Mac needs --device cpu")
+    if on_cuda:
+        device = claim_gpu(int(os.environ.get("LOCAL_RANK", 0)))
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+        store=meet(rank, world, timeout) if under_torchrun else distributed.HashStore(),
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=timeout),
+        device_id=device if on_cuda else None,
+    )
+    return device
+
+
+def claim_gpu(local_rank: int) -> torch.device:
+    """This process' GPU on its node."""
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(
+            f"{local_rank + 1} processes or more on a node with {count} GPUs: lower "
+            "--nproc-per-node"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")
+    return device
+
+
+def meet(rank: int, world: int, timeout: int) -> distributed.Store:
+    """The store through which the ranks of a torchrun find each other, once all have come. Raises
+    UserError.
+    """
+    env = os.environ
+    # torchrun may lend its own store, which outlives a restart: what dead processes left there must
+    # not be read.
+    lent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    check_restarts(lent)
+    wait = datetime.timedelta(seconds=timeout)
+    try:
+        store = distributed.TCPStore(
+            env["MASTER_ADDR"],
+            int(env["MASTER_PORT"]),
+            is_master=rank == 0 and not lent,
+            timeout=wait,
+        )
+    except (KeyError, RuntimeError) as error:
+        address = f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}"
+        raise error_of_absence(
+            f"rank {rank} of {world} did not reach rank 0 at {address} within {timeout} s "
+            f"({first_line(error)}): start with torchrun, and see whether rank 0 lives",
+            speak=rank > 0,
+        ) from None
+    attempt = env.get("TORCHELASTIC_RESTART_COUNT", 0) if lent else 0
+    store = distributed.PrefixStore(f"attempt {attempt}", store)
+    store.set(f"rank {rank}", socket.gethostname())
+    wait_for_ranks(store, rank, world, timeout)
+    return store
+
+
+def check_restarts(lent: bool) -> None:
+    """Refuse restarts over several nodes with a store that outlives them. Raises UserError."""
+    env = os.environ
+    one_node = env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE")
+    if lent and not one_node and int(env.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        raise UserError(
+            "torchrun on several nodes can restart (--max-restarts) only with a store of each "
+            "attempt's own: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
+        )
+
+
+def wait_for_ranks(store: distributed.Store, rank: int, world: int, timeout: int) -> None:
+    """Wait until all ranks have come to the store. Raises UserError that names the missing ones."""
+    names = [f"rank {r}" for r in range(world)]
+    try:
+        store.wait(names, datetime.timedelta(seconds=timeout))
+    except RuntimeError:
+        there = [r for r in range(world) if store.check([names[r]])]
+        missing = [str(r) for r in range(world) if r not in there]
+        raise error_of_absence(
+            f"rank {', '.join(missing[:8])} of {world} did not come within {timeout} s: look at "
+            "what it says, and whether its node is up; --timeout changes the wait",
+            speak=rank > 0 and rank == min(there),
+        ) from None
+
+
+def error_of_absence(text: str, speak: bool) -> UserError:
+    """An error of ranks that never met. Rank 0, who speaks for all, may be the missing one: then
+    `speak`.
+    """
+    if speak:
+        print(f"rank {os.environ['RANK']}: error: {text}", file=sys.stderr)
+    return UserError(text)
+
+
+def shutdown_distributed() -> None:
+    """Leave the process group, when all ranks are done."""
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def exit_if_peer_lost() -> Iterator[None]:
+    """End this process with one line, if an error means that another rank is gone: no bug of
+    ours.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        words = ("gloo", "NCCL", "TCPStore")
+        rank, world = rank_and_world()
+        if world == 1 or not any(word in str(error) for word in words):
+            raise
+        sys.exit(f"rank {rank} lost the others, which have ended or hang: {first_line(error)}")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text; torch's go on for pages."""
+    return str(error).strip().splitlines()[0]
+
+
+# ------------------------------------------------------------------------------------------
+# Sharding: FSDP2 over `shard` ranks; more ranks than that hold replicas (HSDP)
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How a global batch falls on the ranks."""
+
+    shard: int  # ranks that share one copy of the weights
+    rows: int  # instances per rank and step
+    micro_batch: int  # of these, instances per forward and backward
+
+
+def batch_layout(batch: int, micro_batch: int, shard: int, world: int) -> BatchLayout:
+    """The layout of `batch` instances on `world` ranks. Raises UserError for what does not
+    divide.
+    """
+    micro_batch = min(micro_batch, max(1, batch // world))
+    ranks = f"{world} processes"
+    check_divides("--batch", batch, world, ranks)
+    times = f"{ranks} x " if world > 1 else ""
+    check_divides("--batch", batch, world * micro_batch, f"{times}--micro-batch {micro_batch}")
+    return BatchLayout(shard_size(shard, world), batch // world, micro_batch)
+
+
+def check_divides(flag: str, value: int, unit: int, parts: str) -> None:
+    """Raise UserError unless `unit` divides a flag's value; it has the equation and the nearest
+    values.
+    """
+    if value % unit == 0:
+        return
+    below = value // unit * unit
+    near = " or ".join(str(n) for n in (below, below + unit) if n)
+    raise UserError(
+        f"{flag} {value} = {value / unit:.2f} x {parts} does not divide: use {flag} {near}"
+    )
+
+
+def shard_size(shard: int, world: int) -> int:
+    """Ranks per copy of the weights, from --shard (0: all). Raises UserError for what does not
+    divide.
+    """
+    size = min(shard or world, world)
+    if world % size:
+        divisors = [n for n in range(1, world + 1) if world % n == 0]
+        below = max(n for n in divisors if n < size)
+        above = min(n for n in divisors if n > size)
+        raise UserError(
+            f"{world} processes = {world / size:.2f} x --shard {size} does not divide: "
+            f"use --shard {below} or {above}"
+        )
+    return size
+
+
+def make_mesh(shard: int, device: torch.device) -> DeviceMesh | None:
+    """None for one plain process; one dimension for FSDP; replicas x shards for HSDP."""
+    if not distributed.is_initialized():
+        return None
+    world = distributed.get_world_size()
+    size = shard_size(shard, world)
+    if size == world:
+        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    names = ("replicate", "shard")
+    return init_device_mesh(device.type, (world // size, size), mesh_dim_names=names)
+
+
+def shard_model(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    settings: RunSettings,
+    mesh: DeviceMesh | None,
+    bf16: bool,
+) -> None:
+    """Set up activation checkpointing, compilation and sharding, in this order, before there are
+    weights.
+
+    blocks: the model's equal layers. Each is a group of its own in FSDP; all the rest is one more
+    group. bf16: what a forward gathers and computes in; parameters, gradients and their sums over
+    ranks are fp32. The methods in `model.FORWARD_METHODS` gather the weights that they need, as a
+    forward does.
+    """
+    if bf16:
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    else:
+        policy = MixedPrecisionPolicy()
+    for i, block in enumerate(blocks):
+        if is_recomputed(i, settings.recompute):
+            recompute(block if settings.recompute_part == "block" else block.mlp)
+        if settings.compile:
+            block.compile()
+        if mesh:
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=settings.reshard)
+    model.reshards = settings.reshard  # for `inference`, which restores it
+    if not mesh:
+        return
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in fsdp_modules(model):
+        module.set_gradient_divide_factor(1.0)  # the loss is divided by the global count already
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no other
+    for method in model.FORWARD_METHODS:
+        register_fsdp_forward_method(model, method)
+
+
+def is_recomputed(i: int, share: float) -> bool:
+    """Does block i belong to the evenly spread share that runs its forward again in the backward
+    pass?
+
+    >>> [i for i in range(12) if is_recomputed(i, 0.25)]
+    [0, 4, 8]
+    """
+    return math.ceil((i + 1) * share - 1e-6) > math.ceil(i * share - 1e-6)
+
+
+def recompute(module: nn.Module) -> None:
+    """Run a module's forward again in the backward pass instead of keeping its activations."""
+    module.forward = functools.partial(
+        checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False
+    )
+
+
+def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+    """The groups that FSDP gathers one at a time; none where the model is not sharded."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+@contextlib.contextmanager
+def inference(model: nn.Module, gather: bool = False) -> Iterator[None]:
+    """Forwards without gradients, compiled for no shape. All ranks enter it together.
+
+    gather: every rank holds all weights meanwhile, in the computing dtype, at its own pace.
+    No backward pass follows that would free what FSDP has gathered, so it is freed here.
+    """
+    shards = fsdp_modules(model)
+    if gather:
+        for module in shards:
+            module.unshard()
+            module.set_reshard_after_forward(False, recurse=False)
+    # Compiling for every other shape than the loop's would take longer than it saves.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        yield
+    for module in shards:
+        reshard = module is not model and model.reshards  # FSDP keeps the root's weights
+        module.set_reshard_after_forward(reshard, recurse=False)
+        module.reshard()
+
+
+def all_reduce_when(is_last: bool, model: nn.Module) -> None:
+    """Let replicas add up their gradients once a step, after its last micro-batch."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(is_last)
+
+
+def local_part(tensor: Tensor) -> tuple[Tensor, int]:
+    """The part of a tensor on this rank, and the index of its first element in the flattened whole.
+
+    FSDP shards the first dimension, so a part is one contiguous stretch of the whole.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor, 0
+    _, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return tensor.to_local(), offset[0] * math.prod(tensor.shape[1:])
+
+
+# ------------------------------------------------------------------------------------------
+# Do the ranks agree?
+
+
+@torch.no_grad()
+def checksum(tensors: dict[str, Tensor]) -> str:
+    """12 hex digits of the bits of fp32 tensors, the same at any world size and sharding.
+
+    Per tensor: the sum over elements of bits x (2 index + 1), modulo 2^64, so that swapped values
+    show. Shards add up over the mesh; each replica makes its own checksum, and `self_check`
+    compares them.
+    """
+    meshes = [t.device_mesh for t in tensors.values() if isinstance(t, DTensor)]
+    mesh = meshes[0] if meshes else None
+    is_first_shard = mesh is None or mesh.get_local_rank("shard") == 0
+    sums = []
+    for tensor in tensors.values():
+        part_sum = sum_of_bits(tensor)
+        counts = isinstance(tensor, DTensor) or is_first_shard  # what is not sharded counts once
+        sums.append(part_sum if counts else torch.zeros_like(part_sum))
+    total = torch.stack([s.to(sums[0].device) for s in sums])
+    if mesh:
+        distributed.all_reduce(total, group=mesh.get_group("shard"))
+    named = json.dumps(dict(zip(tensors, total.tolist())))
+    return hashlib.sha256(named.encode()).hexdigest()[:12]
+
+
+def sum_of_bits(tensor: Tensor) -> Tensor:
+    """The sum of bits x (2 index + 1) over this rank's part, int64, which wraps around."""
+    part, start = local_part(tensor)
+    total = torch.zeros((), dtype=torch.int64, device=part.device)
+    for i in range(0, part.numel(), 2**22):  # a piece at a time
+        bits = part.reshape(-1)[i : i + 2**22].view(torch.int32).long()
+        index = torch.arange(start + i, start + i + len(bits), device=bits.device)
+        total += (bits * (2 * index + 1)).sum()
+    return total
+
+
+def self_check(
+    settings: RunSettings, data_hash: str, weights: dict[str, Tensor], device: torch.device
+) -> str:
+    """Check that the links add up and that all ranks have the same code, settings, data and
+    weights.
+
+    Returns one line to print. Raises UserError that says who differs in what.
+    """
+    rank, world = rank_and_world()
+    known = all_sum(torch.arange(1, 5, device=device) * (rank + 1)).tolist()
+    expected = [world * (world + 1) // 2 * n for n in range(1, 5)]
+    if all_gather_objects(known)[0] != expected:
+        raise UserError(
+            f"the links between ranks do not add up: {known}, not {expected}", everywhere=True
+        )
+    mine = {
+        "code": hash_of_code(),
+        "settings": hashlib.sha256(json.dumps(asdict(settings)).encode()).hexdigest()[:12],
+        "data": data_hash,
+        "weights": checksum(weights),
+    }
+    check_agreement({"sum of 1 to 4 over ranks": known, "torch": torch.__version__, **mine})
+    who = "1 process" if world == 1 else f"{world} processes agree"
+    return f"{who}: " + ", ".join(f"{name} {value}" for name, value in mine.items())
+
+
+def check_agreement(mine: dict) -> None:
+    """Raise UserError if ranks hold different values under a name."""
+    hosts = all_gather_objects(socket.gethostname())
+    everyone = all_gather_objects(mine)
+    problems = []
+    for name, value in everyone[0].items():
+        for rank, other in enumerate(everyone):
+            if other[name] != value:
+                problems.append(
+                    f"rank {rank} on {hosts[rank]} has {name} {other[name]}, "
+                    f"rank 0 on {hosts[0]} has {value}"
+                )
+    if problems:
+        raise UserError(f"the ranks differ: {join_problems(problems, 4)}", everywhere=True)
+
+
+def hash_of_code() -> str:
+    """12 hex digits of all code that a run can use: the scripts, infra/ and tasks/."""
+    root = Path(__file__).parent.parent
+    files = [*root.glob("*.py"), *root.glob("infra/*.py"), *root.glob("tasks/*.py")]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:12]

@@ -1,0 +1,273 @@
+"""What a run records and shows: rows of metrics.jsonl, one line per log step, curves.
+
+A row is one flat JSON object: event (step, eval, sample, questions), step, tokens, and the event's
+values. A number that is not finite is written as null.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from infra.files import UserError, write_text
+
+# ------------------------------------------------------------------------------------------
+# Rows
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl; a last line that a crash has cut short is left out."""
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def rows_of(run: Path, event: str) -> list[dict]:
+    """The rows of one event."""
+    return [row for row in read_metrics(run) if row["event"] == event]
+
+
+class MetricsFile:
+    """Appends rows to metrics.jsonl, on rank 0, and to Weights & Biases if there is a project."""
+
+    def __init__(self, run: Path, rank: int, last_step: int, project: str, settings: dict):
+        """Keep only rows up to `last_step`: a resumed run repeats the steps after its state."""
+        self.wandb = None
+        if rank == 0:
+            kept = [row for row in read_metrics(run) if row["step"] <= last_step]
+            write_text(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+            self.wandb = start_wandb(project, run, settings)
+        path = run / "metrics.jsonl" if rank == 0 else os.devnull
+        self.file = open(path, "a", encoding="utf-8", buffering=1)
+
+    def write(self, row: dict) -> None:
+        plain = {name: None if is_not_finite(value) else value for name, value in row.items()}
+        self.file.write(json.dumps(plain) + "\n")
+        if self.wandb:
+            numbers = {name: v for name, v in row.items() if isinstance(v, (int, float))}
+            self.wandb.log(numbers, step=row["step"])
+
+    def sync(self) -> None:
+        """Wait until all rows are on the disk."""
+        self.file.flush()
+        if self.file.name != os.devnull:
+            os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def is_not_finite(value) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def start_wandb(project: str, run: Path, settings: dict):
+    """A run at Weights & Biases, or None without a project. Raises UserError if the library is
+    absent.
+    """
+    if not project:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb needs the wandb library: pip install wandb") from None
+    name = str(run)
+    return wandb.init(
+        project=project, name=name, config=settings, resume="allow", id=name.replace("/", "-")
+    )
+
+
+# ------------------------------------------------------------------------------------------
+# Progress on the terminal
+
+
+class Progress:
+    """The clock of a loop: time per step without evaluations and saves, speed, time left."""
+
+    def __init__(self, first_step: int, total: int, flops_per_token: float, peak: float):
+        """peak: FLOP/s of all accelerators together; 0 where it is not known, as on a CPU."""
+        self.first_step = first_step
+        self.total = total
+        self.flops_per_token = flops_per_token
+        self.peak = peak
+        self.seconds = 0.0
+        self.tokens = 0.0
+        self.resume_clock()
+
+    def resume_clock(self) -> None:
+        """Begin to measure the next step."""
+        self.then = time.perf_counter()
+
+    def count_step(self, tokens: float) -> dict[str, float | None]:
+        """What the clock says of the step that ends now."""
+        seconds = time.perf_counter() - self.then
+        self.seconds += seconds
+        self.tokens += tokens
+        speed = tokens / seconds
+        row = {"tokens_per_s": round(speed, 1), "seconds": round(self.seconds, 3)}
+        return row | {"mfu": self.mfu(speed)} if self.flops_per_token else row
+
+    def mfu(self, tokens_per_s: float) -> float | None:
+        """Model FLOPs utilisation: useful FLOP/s over the peak; None where the peak is not
+        known.
+        """
+        return tokens_per_s * self.flops_per_token / self.peak if self.peak else None
+
+    def line(self, step: int, values: dict[str, float]) -> str:
+        """One line: step, values, tokens/s and MFU since the start, time left."""
+        speed = self.tokens / self.seconds
+        left = (self.total - step) * self.seconds / (step - self.first_step)
+        words = [f"step {step:>{len(str(self.total))}}/{self.total}"]
+        words += [show(name, value) for name, value in values.items() if name != "z_loss"]
+        if self.tokens:
+            words.append(f"{speed / 1000:7.1f}k tok/s")
+        if self.flops_per_token:
+            mfu = self.mfu(speed)
+            words.append("MFU n/a" if mfu is None else f"MFU {100 * mfu:.1f}%")
+        return "  ".join([*words, f"{format_seconds(left)} left"])
+
+
+def show(name: str, value: float) -> str:
+    """A metric on the terminal."""
+    if name == "loss":
+        return f"loss {value:7.4f}"
+    if name == "lr":
+        return f"lr {value:.2e}"
+    if name == "grad_norm":
+        return f"grad {value:7.3f}"
+    return f"{name} {value:#.3g}"
+
+
+def format_seconds(seconds: float) -> str:
+    """Time for people.
+
+    >>> format_seconds(75), format_seconds(3 * 86400 + 3600)
+    ('1:15', '3d 01:00:00')
+    """
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    clock = f"{h:02d}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+    return f"{days}d {clock}" if days else clock
+
+
+# ------------------------------------------------------------------------------------------
+# Curves
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points to join; or bars, where the style has a width."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    label: str = ""
+    style: dict = field(default_factory=dict)  # keywords of matplotlib's plot or bar
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A plot with its axes."""
+
+    title: str
+    curves: list[Curve]
+    axes: dict = field(default_factory=dict)  # keywords of matplotlib's Axes.set
+    marks: Sequence[float] = ()  # vertical lines
+
+
+def token_unit(tokens: Iterable[float]) -> tuple[float, str]:
+    """(unit, label) of an axis that shows tokens."""
+    return (1e9, "tokens (billion)") if max(tokens) > 2e9 else (1e6, "tokens (million)")
+
+
+def plot_curves(
+    path: Path,
+    panels: list[Panel],
+    columns: int = 4,
+    title: str = "",
+    size: tuple[float, float] = (3.2, 2.6),
+) -> None:
+    """Draw panels, each of `size` inches, into a PNG file, atomically. Without panels there is
+    no file.
+    """
+    if not panels:
+        return
+    from matplotlib.figure import Figure
+
+    columns = min(columns, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(columns * size[0], rows * size[1]), layout="constrained")
+    for place, panel in enumerate(panels, 1):
+        draw(figure.add_subplot(rows, columns, place), panel)
+    figure.suptitle(title)
+    tmp = path.with_name(path.name + ".tmp")
+    figure.savefig(tmp, format="png", dpi=110)
+    os.replace(tmp, path)
+
+
+def draw(axis, panel: Panel) -> None:
+    """Draw one panel."""
+    for curve in panel.curves:
+        kind = axis.bar if "width" in curve.style else axis.plot
+        kind(curve.x, curve.y, label=curve.label, **curve.style)
+    for position in panel.marks:
+        axis.axvline(position, color="black", linewidth=0.6, alpha=0.5)
+    axis.set(title=panel.title, **panel.axes)
+    axis.grid(alpha=0.3)
+    if any(curve.label for curve in panel.curves):
+        axis.legend(fontsize=8)
+
+
+# Not drawn: what a row is about, and its times.
+NOT_METRICS = {"event", "step", "tokens", "skipped", "tokens_per_s", "seconds", "mfu"}
+
+
+def plot_run(run: Path) -> None:
+    """Draw curves.png: each metric of a run's steps, then what was measured on held-out data."""
+    steps = rows_of(run, "step")
+    if not steps:
+        return
+    x = [row["step"] for row in steps]
+    skipped = [row["step"] for row in steps if row["skipped"]]
+    panels = []
+    for name in steps[0]:
+        if name not in NOT_METRICS:
+            values = [math.nan if row[name] is None else row[name] for row in steps]
+            is_norm = name == "grad_norm" and max(values) > 0
+            axes = {"yscale": "log"} if is_norm else {}
+            curves = [Curve(x, values, style={"linewidth": 0.8, "alpha": 0.3})]
+            curves.append(Curve(x, smooth(values)))
+            panels.append(Panel(name, curves, axes, skipped))
+    evals = rows_of(run, "eval")
+    x = [row["step"] for row in evals]
+    for name in measured(evals[-1]) if evals else ():
+        values = [measured(row).get(name, math.nan) for row in evals]
+        panels.append(Panel(f"held-out {name}", [Curve(x, values, style={"marker": "."})]))
+    plot_curves(run / "curves.png", panels, title=f"{run}, by step")
+
+
+def measured(row: dict) -> dict[str, float]:
+    """What a row of event `eval` has measured: bits per byte by source, or columns."""
+    return row.get("bpb") or row.get("held_out") or {}
+
+
+def smooth(values: list[float], weight: float = 0.05) -> list[float]:
+    """A running average; what is not a number does not enter it.
+
+    >>> smooth([1.0, 2.0, math.nan], weight=0.5)
+    [1.0, 1.5, 1.5]
+    """
+    average = next(filter(math.isfinite, values), math.nan)
+    averages = []
+    for value in values:
+        if math.isfinite(value):
+            average += weight * (value - average)
+        averages.append(average)
+    return averages

@@ -1,0 +1,206 @@
+"""Settings as frozen dataclasses: what every run shares, types with a range, and where each value
+came from.
+
+A script's Config has one field per flag, with its comment above it; tyro makes the command line of
+it and the comments become the help. Values come from: the class < the recipe of --size < the flags.
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import typing
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, fields
+from typing import Annotated, ClassVar, Literal
+
+import tyro
+
+from infra.files import UserError
+
+# ------------------------------------------------------------------------------------------
+# Types
+
+
+def parse_count(text: str) -> int:
+    """A whole number, written 1000000, 1_000_000 or 1e6."""
+    value = float(text.replace("_", ""))
+    if value != int(value):
+        raise ValueError(f"{text} is not a whole number")
+    return int(value)
+
+
+WHOLE_NUMBER = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="INT",
+    instance_from_str=lambda words: parse_count(words[0]),
+    is_instance=lambda value: isinstance(value, int),
+    str_from_instance=lambda value: [str(value)],
+)
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a setting may have, and the words that say so in an error. NaN is in no
+    range.
+    """
+
+    words: str
+    low: float = -math.inf
+    high: float = math.inf
+
+    def holds(self, value: float) -> bool:
+        return math.isfinite(value) and self.low <= value <= self.high
+
+
+JUST_ABOVE_0 = math.nextafter(0, 1)
+JUST_BELOW_1 = math.nextafter(1, 0)
+
+Count = Annotated[int, WHOLE_NUMBER, Range("at least 0", 0)]
+Positive = Annotated[int, WHOLE_NUMBER, Range("at least 1", 1)]
+TwoOrMore = Annotated[int, WHOLE_NUMBER, Range("at least 2", 2)]
+Number = Annotated[float, Range("a number")]
+NotNegative = Annotated[float, Range("at least 0", 0)]
+AboveZero = Annotated[float, Range("above 0", JUST_ABOVE_0)]
+Share = Annotated[float, Range("from 0 to 1", 0, 1)]
+BelowOne = Annotated[float, Range("from 0 to below 1", 0, JUST_BELOW_1)]
+
+
+def check_ranges(settings) -> None:
+    """Raise UserError that names every value out of its range and every word that is none of its
+    choices.
+    """
+    problems = []
+    hints = typing.get_type_hints(type(settings), include_extras=True)
+    for field in fields(settings):
+        flag = f"--{field.name.replace('_', '-')}"
+        value = getattr(settings, field.name)
+        for mark in getattr(hints[field.name], "__metadata__", ()):
+            if isinstance(mark, Range) and not mark.holds(value):
+                problems.append(f"{flag} {value} must be {mark.words}")
+        if typing.get_origin(hints[field.name]) is Literal:
+            choices = typing.get_args(hints[field.name])
+            if value not in choices:
+                problems.append(f"{flag} {value} must be {' or '.join(choices)}")
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+# ------------------------------------------------------------------------------------------
+# What every run shares
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Settings that every training stage has."""
+
+    # tiny, 14M, 30M, 60M, 190M, 370M, 760M, 1B, 7B, 13B, 32B
+    size: str = "tiny"
+    # the model to start from: a run, a checkpoint or a Hugging Face directory
+    init: str = ""
+    # what is trained on
+    data: tuple[str, ...] = ()
+    # held-out data of the same kind
+    val: tuple[str, ...] = ()
+    # the run's folder
+    out: str = ""
+    # of the order of the data
+    seed: Count = 1
+    # rows per forward and backward of a process, at most; fewer take less memory
+    micro_batch: Positive = 2
+    # largest global L2 norm of the gradient
+    clip: AboveZero = 1.0
+
+    # steps between training states; the last step is always saved
+    save_every: Positive = 500
+    # newest states to keep; 0: all
+    keep: Count = 1
+    # steps between evaluations on held-out data
+    eval_every: Positive = 100
+    # held-out questions or rows of each kind that take part
+    questions: Count = 200
+    # steps between lines on the terminal (metrics.jsonl has every step)
+    log_every: Positive = 10
+    # Weights & Biases project; none: nothing is sent
+    wandb: str = ""
+
+    # auto, cpu, mps, cuda
+    device: str = "auto"
+    # CPU threads (they change the last bits of sums); 0: torch's choice
+    threads: Count = 0
+    # torch.compile each block: a slow start, then faster steps
+    compile: bool = False
+    # processes that share one copy of the weights (FSDP), at most; others are replicas; 0: all
+    # share
+    shard: Count = 0
+    # free a block's gathered weights between forward and backward (ZeRO-3); no: keep them (ZeRO-2)
+    reshard: bool = True
+    # activation checkpointing: share of the blocks that run their forward again in the backward
+    recompute: Share = 0.0
+    # what of such a block runs again
+    recompute_part: Literal["block", "mlp"] = "block"
+    # write states while training goes on; takes CPU memory for a copy
+    async_save: bool = False
+    # seconds that a process waits for another one before it gives up
+    timeout: Positive = 600
+
+    # What may differ when a run goes on. Data must still be the same (their hash is compared).
+    # Those of the second line change the last bits of the numbers.
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
+        "data val out save_every keep eval_every questions log_every wandb async_save timeout "
+        "device threads compile micro_batch shard reshard recompute recompute_part".split()
+    )
+
+
+# ------------------------------------------------------------------------------------------
+# The command line
+
+
+@contextlib.contextmanager
+def silence_other_ranks(errors: bool = False) -> Iterator[None]:
+    """Let rank 0 alone print; with `errors`, keep the other ranks off standard error, too."""
+    with contextlib.ExitStack() as stack:
+        if int(os.environ.get("RANK", 0)):
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            if errors:
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+        yield
+
+
+def parse_flags(default, arguments: list[str], description: str | None, prog: str | None = None):
+    """`default` with the flags of a command line; for flags that are none tyro exits with status
+    2.
+    """
+    with silence_other_ranks(errors=True):
+        return tyro.cli(
+            type(default), default=default, args=arguments, description=description, prog=prog
+        )
+
+
+def flag_value(arguments: list[str], name: str, default: str) -> str:
+    """The value of one flag, which must be known before the rest of the command line is read.
+
+    >>> flag_value(["--seed", "1", "--size=7B"], "size", "tiny"), flag_value([], "size", "tiny")
+    ('7B', 'tiny')
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(f"--{name}", default=default)
+    try:
+        known, _ = parser.parse_known_args(arguments)
+    except argparse.ArgumentError:  # a flag without its value: tyro will say it
+        return default
+    return getattr(known, name)
+
+
+def where_from(config, default, layers: dict[str, Collection[str]]) -> dict[str, str]:
+    """{setting: where its value came from}: "flag", else the first layer that has it, else
+    "default".
+    """
+    origin = {}
+    for field in fields(config):
+        labels = (label for label, names in layers.items() if field.name in names)
+        origin[field.name] = next(labels, "default")
+        if getattr(config, field.name) != getattr(default, field.name):
+            origin[field.name] = "flag"
+    return origin

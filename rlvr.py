@@ -1,0 +1,585 @@
+"""Reward answers: reinforcement learning from verifiable rewards, with GRPO or with PPO.
+
+    python posttrain.py grpo        # laptop: after DPO; 1 minute
+    python posttrain.py ppo         # as the 7B and 13B were made: with a value model
+    python posttrain.py grpo --data tasks.jsonl --init runs/mine/dpo --out runs/mine/grpo
+
+What these stages teach: the model tries, a program says what is right, and what is right becomes
+more likely. GRPO compares the answers to one prompt with each other; PPO compares each token with
+what a value model expected.
+
+Shapes: B rows (answers), T tokens. Position t of a row holds what belongs to token t + 1, as in
+`OLMo2.loss`.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpo import last_target_index
+from infra.checkpoint import Trained, state_tensors
+from infra.distributed import all_sum, run_on_all_ranks
+from infra.run import Run
+from infra.settings import AboveZero, NotNegative, Number, Positive, Share, TwoOrMore
+from likelihood import pad_rows
+from model import OLMo2
+from pretrain import make_optimizer, set_lr, what_is_trained
+from sft import (
+    Completion,
+    HeldOut,
+    SamplingSettings,
+    batch_indices,
+    begin_stage,
+    count_tokens,
+    finish_stage,
+    generate_completions,
+    held_out_rows,
+    instruct_tokenizer,
+    load_model,
+    lr_at,
+    micro_batches,
+    number_of_steps,
+    record_eval,
+    sampling_seed,
+    score_rows,
+    take_step,
+)
+from tasks.conversations import Example, Prompt, Source, read_prompts
+from tokenizer import Tokenizer
+
+# ------------------------------------------------------------------------------------------
+# Objectives
+#
+# A mask is 1.0 where a token counts. A step's loss is a sum over all rows of the step, on all
+# ranks, divided by what all of them count together: never a mean of means.
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """(advantages, returns) [B, T] of rewards and values [B, T]: generalized advantage estimation.
+
+        delta_t = r_t + gamma V_{t+1} - V_t
+        A_t = delta_t + gamma lambda A_{t+1},   return_t = A_t + V_t
+
+    V_t is read before token t, and V is 0 after the last. The reward of an answer belongs to its
+    last token; upstream, as TRL, puts it on the position behind that, where a value is still read.
+    Source: arXiv 1506.02438, equation 16.
+
+    >>> rewards, values = torch.tensor([[0.0, 10.0, 0.0]]), torch.tensor([[4.0, 6.0, 7.0]])
+    >>> mask = torch.tensor([[1.0, 1.0, 0.0]])
+    >>> gae(rewards, values, mask, gamma=1.0, lam=0.5)     # A_1 = 10 - 6;  A_0 = (6 - 4) + 0.5 * 4
+    (tensor([[4., 4., 0.]]), tensor([[ 8., 10.,  0.]]))
+    """
+    values = values * mask
+    following = F.pad(values[:, 1:], (0, 1))  # V_{t+1}
+    advantage = torch.zeros_like(values[:, 0])  # [B]
+    advantages = []
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * following[:, t] - values[:, t]
+        advantage = (delta + gamma * lam * advantage) * mask[:, t]
+        advantages.append(advantage)
+    stacked = torch.stack(advantages[::-1], dim=1)  # [B, T]
+    return stacked, stacked + values
+
+
+def whiten(values: Tensor, mask: Tensor) -> Tensor:
+    """values [B, T] with mean 0 and (unbiased) variance 1 over the mask, of all ranks together; 0
+    outside.
+
+    Upstream whitens over each rank's own.
+
+    >>> whiten(torch.tensor([[1.0, 3.0, 50.0]]), torch.tensor([[1.0, 1.0, 0.0]]))
+    tensor([[-0.7071,  0.7071,  0.0000]])
+    """
+    n, total = all_sum(torch.stack((mask.sum(), (values * mask).sum())))
+    centred = values - total / n
+    squares = all_sum(((centred * mask) ** 2).sum())
+    variance = squares / (n - 1).clamp(min=1)
+    return centred * (variance + 1e-8).rsqrt() * mask
+
+
+def policy_loss(new: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """(loss, whether the clipped branch holds the gradient back) per token [B, T], of
+    log-probabilities [B, T].
+
+        ratio = exp(new - old),   loss = max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip))
+
+    `old` are those under the weights that sampled. At the first mini-batch of a step the ratio is
+    1. Upstream's GRPO sets old = new at every mini-batch of its one epoch: there the clip never
+    acts. Source: PPO (arXiv 1707.06347), equation 7.
+
+    >>> new, advantages = torch.tensor([0.5, 0.5, -0.5]), torch.tensor([1.0, -1.0, -1.0])
+    >>> policy_loss(new, torch.zeros(3), advantages, 0.2)          # ratios 1.65, 1.65, 0.61
+    (tensor([-1.2000,  1.6487,  0.8000]), tensor([ True, False,  True]))
+    """
+    ratio = (new - old).exp()
+    free = -advantages * ratio
+    held = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    return torch.max(free, held), held > free
+
+
+def ppo_losses(
+    new: Tensor,
+    old: Tensor,
+    values: Tensor,
+    old_values: Tensor,
+    advantages: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    clip: float = 0.2,
+    value_clip: float = 0.2,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(policy loss, value loss, clipped tokens), sums over the mask, of [B, T] each.
+
+    Divide them by the tokens of the whole mini-batch.
+
+        value loss = max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2) / 2
+
+    Source: open-instruct ppo_vllm_thread_ray_gtrl.py.
+
+    >>> zeros, ones = torch.zeros(1, 2), torch.ones(1, 2)
+    >>> values, advantages = torch.tensor([[1.0, 5.0]]), torch.tensor([[2.0, -1.0]])
+    >>> returns = torch.tensor([[3.0, 5.0]])
+    >>> ppo_losses(zeros, zeros, values, ones, advantages, returns, ones)
+    (tensor(-1.), tensor(9.2200), tensor(0.))
+
+    The value loss is (2^2 + (1.2 - 5)^2) / 2.
+    """
+    policy, clipped = policy_loss(new, old, advantages, clip)
+    near = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    value = 0.5 * torch.max((values - returns) ** 2, (near - returns) ** 2)
+    return (policy * mask).sum(), (value * mask).sum(), (clipped * mask).sum()
+
+
+def grpo_advantages(rewards: Tensor, normalize: bool = True) -> Tensor:
+    """How much better each answer is than its group's mean, in the group's (unbiased) standard
+    deviations.
+
+    rewards: [prompts, samples]. A group of equal rewards has advantages of 0. Without `normalize`:
+    the difference alone (Dr. GRPO, arXiv 2503.20783). Source: GRPO (arXiv 2402.03300) section
+    4.1.2; open-instruct grpo_vllm_thread_ray_gtrl.py.
+
+    >>> grpo_advantages(torch.tensor([[10.0, 0.0, 0.0, 10.0], [0.0, 0.0, 0.0, 0.0]]))
+    tensor([[ 0.8660, -0.8660, -0.8660,  0.8660],
+            [ 0.0000,  0.0000,  0.0000,  0.0000]])
+    """
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    return centred / (rewards.std(dim=1, keepdim=True) + 1e-8) if normalize else centred
+
+
+def kl_k3(log_probs: Tensor, reference: Tensor) -> Tensor:
+    """KL(policy || reference) per token, estimated as exp(-d) - 1 + d with d = log_probs -
+    reference.
+
+    It is never negative, and 0 where they agree. As a loss its gradient is, in expectation, that of
+    KL(reference || policy). d is cut at 40. Source: open-instruct model_utils.py.
+
+    >>> kl_k3(torch.tensor([0.0, -1.0]), torch.tensor([0.0, -2.0]))
+    tensor([0.0000, 0.3679])
+    """
+    d = (log_probs - reference).clamp(-40, 40)
+    return torch.expm1(-d) + d
+
+
+def token_weights(mask: Tensor, denominator: str, tokens: float, rows: int, longest: int) -> Tensor:
+    """What each token of [B, T] weighs in a loss over `tokens` tokens in `rows` rows, of all ranks.
+
+    token: 1 / tokens, the mean over tokens (ours; TRL's dapo; open-instruct grpo_fast.py).
+    constant: 1 / (rows x longest), Dr. GRPO's, so that long answers are not made light.
+    sequence: 1 / (rows x tokens of its row), the mean of means of the GRPO paper.
+
+    >>> mask = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    >>> token_weights(mask, "sequence", 3, 2, 8).tolist()
+    [[0.5, 0.0], [0.25, 0.25]]
+    >>> token_weights(mask, "constant", 3, 2, 8)[1].tolist()
+    [0.0625, 0.0625]
+    """
+    if denominator == "sequence":
+        return mask / mask.sum(-1, keepdim=True).clamp(min=1) / rows
+    return mask / (tokens if denominator == "token" else rows * longest)
+
+
+def grpo_loss(
+    new: Tensor,
+    old: Tensor,
+    reference: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    clip: float = 0.2,
+    beta: float = 0.01,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, clipped tokens, KL), sums over tokens, from log-probabilities [B, T] and advantages
+    [B].
+
+        loss = sum of weight (policy_loss + beta kl_k3(new, reference))
+
+    weights: see `token_weights`. Source: GRPO (arXiv 2402.03300), equation 3.
+
+    >>> new, advantages = torch.tensor([[-1.0, -1.0]]), torch.tensor([2.0])
+    >>> weights = torch.tensor([[0.5, 0.5]])
+    >>> grpo_loss(new, new, new - 1, advantages, weights, beta=0.1)     # -2 + 0.1 * (e^-1 - 1 + 1)
+    (tensor(-1.9632), tensor(0.), tensor(0.7358))
+    """
+    policy, clipped = policy_loss(new, old, advantages[:, None], clip)
+    kl = kl_k3(new, reference)
+    counts = (weights > 0).float()
+    loss = (weights * (policy + beta * kl)).sum()
+    return loss, (clipped * counts).sum(), (kl * counts).sum().detach()
+
+
+# ------------------------------------------------------------------------------------------
+# Settings
+
+
+@dataclass(frozen=True)
+class RolloutSettings(SamplingSettings):
+    """What both algorithms have."""
+
+    # the 1B ran two (a mix, then MATH), the 13B three (a mix, then GSM8K, then MATH)
+    round: Positive = 1
+    # ratios of new to old probability count between 1 - this and 1 + this
+    clip_range: AboveZero = 0.2
+
+
+@dataclass(frozen=True)
+class GRPOSettings(RolloutSettings):
+    """RLVR without a value model (grpo_vllm_thread_ray_gtrl.py; open-instruct docs/olmo2.md)."""
+
+    # answers per prompt: each is compared with the others
+    samples: TwoOrMore = 16
+    # optimizer steps per pass over the rollouts
+    minibatches: Positive = 2
+    # over the rollouts of a step
+    passes: Positive = 1
+    # reward, instead of any other, of an answer that does not end
+    no_eos: Number = 0.0
+    # of the KL penalty, k3 in the loss
+    beta: NotNegative = 0.01
+    # advantages in standard deviations of their group
+    normalize: bool = True
+    # what a token's loss is divided by: see token_weights
+    denominator: Literal["token", "constant", "sequence"] = "token"
+
+
+@dataclass(frozen=True)
+class PPOSettings(RolloutSettings):
+    """RLVR with a value model (ppo_vllm_thread_ray_gtrl.py; paper Table 18)."""
+
+    # answers per prompt
+    samples: Positive = 1
+    # the model whose weights the value model starts from; none: runs/<size>/rm
+    value: str = ""
+    # optimizer steps per pass over the rollouts
+    minibatches: Positive = 1
+    # over the rollouts of a step (K)
+    passes: Positive = 4
+    # of the KL penalty, k1 in the reward of each token
+    beta: NotNegative = 0.05
+    # discount of later rewards
+    gamma: Share = 1.0
+    # lambda of the advantage estimation
+    lam: Share = 0.95
+    # a value may move so far from its old one
+    value_clip: AboveZero = 0.2
+    # of the value loss
+    value_weight: NotNegative = 0.1
+    # learning rate of the value model; 0: lr
+    value_lr: NotNegative = 0.0
+    # reward, instead of any other, of an answer that does not end
+    no_eos: Number = -10.0
+
+
+# ------------------------------------------------------------------------------------------
+# GRPO
+
+
+def train_grpo(c: GRPOSettings, run: Run) -> None:
+    """Sample groups of answers, reward what is right, raise the better ones of each group."""
+    tokenizer = instruct_tokenizer(c.init)
+    prompts = run_on_all_ranks(read_rlvr_prompts, c, Source(c.data, c.seed), tokenizer)
+    quiz = run_on_all_ranks(read_rlvr_prompts, c, held_out_rows(c, c.quiz), tokenizer)
+    held_out = HeldOut(tokenizer, questions=quiz)
+    steps = number_of_steps(c, len(prompts), c.prompts)
+    longest = c.prompt_length + c.response_length
+    model = load_model(c, c.init, run, longest)
+    reference = load_model(c, c.init, run, longest)
+    optimizer = make_optimizer(model, c)
+    begin_stage(c, run, what_is_trained(model, optimizer, tokenizer), prompts, c.prompts, steps)
+    if run.step == 0:
+        record_eval(c, run, model, held_out, {})
+
+    for step in run.steps(steps):
+        # 1. sample and verify
+        rollouts = sample_rollouts(model, tokenizer, prompts, c, run, step)
+
+        # 2. advantages within each group; what the reference thinks of the answers
+        groups = rollouts.rewards.view(-1, c.samples)  # [prompts, samples]
+        advantages = grpo_advantages(groups, c.normalize).flatten()  # [B]
+        ref_logprobs = score_log_probs(reference, rollouts.examples, c)
+
+        # 3. optimizer steps, over mini-batches of the rollouts
+        lr = lr_at(step, steps, c)
+        set_lr(optimizer, lr)
+        norms = []
+        for part in rollouts.parts * c.passes:
+            n_tokens, _ = count_tokens([rollouts.examples[n] for n in part])  # of all ranks
+            for rows, tokens, targets in rollouts.micro_batches(part, c.micro_batch, run):
+                mask = (targets != -100).float()  # [b, T]
+                loss, clipped, kl = grpo_loss(
+                    new=model.log_probs(tokens, targets, c.temperature),
+                    old=pad_like(mask, rollouts.old_logprobs, rows),
+                    reference=pad_like(mask, ref_logprobs, rows),
+                    advantages=advantages[rows].to(run.device),
+                    weights=token_weights(
+                        mask, c.denominator, n_tokens, rows_per_part(c), c.response_length
+                    ),
+                    clip=c.clip_range,
+                    beta=c.beta,
+                )
+                loss.backward()
+                run.add(loss=loss, clip_fraction=clipped, kl=kl)
+            norms.append(take_step(model, optimizer, c.clip))
+
+        # 4. log, evaluate, save
+        log_rollouts(run, c, rollouts, norms, lr)
+        if run.due(c.eval_every) and not run.stop:
+            record_eval(c, run, model, held_out, {})
+        if run.save_due(c.save_every):
+            run.save()
+    finish_stage(run)
+
+
+# ------------------------------------------------------------------------------------------
+# PPO
+
+
+def train_ppo(c: PPOSettings, run: Run) -> None:
+    """Let a value model learn what an answer so far is worth, and raise tokens that bring more
+    than that.
+    """
+    tokenizer = instruct_tokenizer(c.init)
+    prompts = run_on_all_ranks(read_rlvr_prompts, c, Source(c.data, c.seed), tokenizer)
+    quiz = run_on_all_ranks(read_rlvr_prompts, c, held_out_rows(c, c.quiz), tokenizer)
+    held_out = HeldOut(tokenizer, questions=quiz)
+    steps = number_of_steps(c, len(prompts), c.prompts)
+    longest = c.prompt_length + c.response_length
+    model = load_model(c, c.init, run, longest)
+    reference = load_model(c, c.init, run, longest)
+    value = load_model(c, c.value, run, longest, head="score")
+    optimizer, value_optimizer = make_optimizer(model, c), make_optimizer(value, c)
+    trained = with_value_model(what_is_trained(model, optimizer, tokenizer), value, value_optimizer)
+    begin_stage(c, run, trained, prompts, c.prompts, steps)
+    if run.step == 0:
+        record_eval(c, run, model, held_out, {})
+
+    for step in run.steps(steps):
+        # 1. sample and verify; what the reference and the value model think of the answers
+        rollouts = sample_rollouts(model, tokenizer, prompts, c, run, step)
+        ref_logprobs = score_log_probs(reference, rollouts.examples, c)
+        old_values = score_rows(value, rollouts.examples, c, lambda x, _: value.scores(x))
+
+        # 2. advantages of tokens
+        estimates = estimate_advantages(rollouts, ref_logprobs, old_values, c)
+        run.add(kl=estimates.k1.sum().to(run.device))
+
+        # 3. optimizer steps of both models, over mini-batches of the rollouts
+        lr = lr_at(step, steps, c)
+        set_lr(optimizer, lr)
+        set_lr(value_optimizer, lr * (c.value_lr or c.lr) / c.lr)
+        norms = []
+        for part in rollouts.parts * c.passes:
+            n_tokens, _ = count_tokens([rollouts.examples[n] for n in part])  # of all ranks
+            for rows, tokens, targets in rollouts.micro_batches(part, c.micro_batch, run):
+                mask = (targets != -100).float()  # [b, T]
+                policy, squares, clipped = ppo_losses(
+                    new=model.log_probs(tokens, targets, c.temperature),
+                    old=pad_like(mask, rollouts.old_logprobs, rows),
+                    values=value.scores(tokens),
+                    old_values=pad_like(mask, old_values, rows),
+                    advantages=pad_like(mask, estimates.advantages, rows),
+                    returns=pad_like(mask, estimates.returns, rows),
+                    mask=mask,
+                    clip=c.clip_range,
+                    value_clip=c.value_clip,
+                )
+                ((policy + c.value_weight * squares) / n_tokens).backward()
+                run.add(
+                    loss=policy / n_tokens, value_loss=squares / n_tokens, clip_fraction=clipped
+                )
+            norms.append(take_step(model, optimizer, c.clip))
+            norms.append(take_step(value, value_optimizer, c.clip))
+
+        # 4. log, evaluate, save
+        log_rollouts(run, c, rollouts, norms, lr)
+        if run.due(c.eval_every) and not run.stop:
+            record_eval(c, run, model, held_out, {})
+        if run.save_due(c.save_every):
+            run.save()
+    finish_stage(run)
+
+
+def with_value_model(trained: Trained, value: OLMo2, optimizer: torch.optim.Optimizer) -> Trained:
+    """What PPO saves: the policy's tensors, and the value model's."""
+    parts = {f"value_{part}": t for part, t in state_tensors(value, optimizer).items()}
+    return Trained(trained.tensors | parts, trained.config, trained.describe)
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """Of each token of the rollouts, [B, T] with zeros after a row's end."""
+
+    advantages: Tensor  # whitened
+    returns: Tensor
+    k1: Tensor  # log-probability less the reference's: the simplest estimate of the KL
+
+
+def estimate_advantages(
+    rollouts: "Rollouts", ref_logprobs: list[Tensor], old_values: list[Tensor], c: PPOSettings
+) -> Estimates:
+    """Rewards per token: -beta k1 everywhere, the verdict on the last one; then GAE, whitened."""
+    targets = pad_rows([example.targets for (example,) in rollouts.examples], value=-100)
+    mask = (targets != -100).float()  # [B, T]
+    k1 = (pad_like(mask, rollouts.old_logprobs) - pad_like(mask, ref_logprobs)) * mask
+    rewards = -c.beta * k1
+    rewards[torch.arange(len(rewards)), last_target_index(targets)] += rollouts.rewards
+    advantages, returns = gae(rewards, pad_like(mask, old_values), mask, c.gamma, c.lam)
+    return Estimates(whiten(advantages, mask), returns, k1)
+
+
+# ------------------------------------------------------------------------------------------
+# Rollouts: what both share
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """What a rank has sampled in a step."""
+
+    parts: list[
+        list[int]
+    ]  # its rows by mini-batch; over all ranks they are the same at any world size
+    examples: list[tuple[Example]]
+    rewards: Tensor  # [rows], of which `samples` neighbours answer the same prompt
+    old_logprobs: list[Tensor]  # of the targets [T], under the weights that have sampled
+    n_tokens: float  # targets, of all ranks
+    stats: dict[str, float]  # of all ranks
+
+    def micro_batches(self, part: list[int], size: int, run: Run):
+        """(rows, tokens [b, T], targets [b, T]) of a mini-batch: see sft.micro_batches."""
+        examples = [self.examples[n] for n in part]
+        for which, tokens, targets in micro_batches(examples, size, run.device):
+            yield [part[n] for n in which], tokens, targets
+
+
+def read_rlvr_prompts(c: RolloutSettings, source: Source, tokenizer: Tokenizer) -> list[Prompt]:
+    """Prompts that are short enough, with worked examples where they are GSM8K's."""
+    return read_prompts(source, tokenizer, c.prompt_length, c.shots)
+
+
+def sample_rollouts(
+    model: OLMo2,
+    tokenizer: Tokenizer,
+    prompts: list[Prompt],
+    c: RolloutSettings,
+    run: Run,
+    step: int,
+) -> Rollouts:
+    """Sample this step's answers and let the verifiers score them.
+
+    The old log-probabilities are, in fp32, those of sampling itself. In bf16 (CUDA) a forward with
+    a cache rounds otherwise than one without, by more than the clip may bear, so the trainer's own
+    forward computes them.
+    """
+    numbers = batch_indices(len(prompts), c.prompts, step, c.seed)
+    places = []  # of this rank's prompts in the step, by mini-batch
+    per_part = c.prompts // c.minibatches
+    for part in range(c.minibatches):
+        in_part = range(part * per_part, (part + 1) * per_part)
+        places += in_part[run.rank :: run.world]
+    rows = list(itertools.product(places, range(c.samples)))
+    completions = generate_completions(
+        model,
+        tokenizer,
+        [prompts[numbers[place]] for place, _ in rows],
+        [sampling_seed(c.seed, step, place * c.samples + k) for place, k in rows],
+        c.temperature,
+        c.response_length,
+    )
+    examples = [(answer.example,) for answer in completions]
+    old_logprobs = [answer.log_probs for answer in completions]
+    if run.device.type == "cuda":
+        old_logprobs = score_log_probs(model, examples, c)
+    rewards = torch.tensor([reward_of(answer, c) for answer in completions])
+    n_tokens, stats = rollout_stats(completions, rewards, c)
+    here = len(rows) // c.minibatches
+    parts = [list(range(i, i + here)) for i in range(0, len(rows), here)]
+    return Rollouts(parts, examples, rewards, old_logprobs, n_tokens, stats)
+
+
+def reward_of(answer: Completion, c: RolloutSettings) -> float:
+    """--reward for a right answer, --no-eos instead of anything else for one that does not end."""
+    return c.reward * answer.right if answer.ended else c.no_eos
+
+
+def rollout_stats(
+    completions: list[Completion], rewards: Tensor, c: RolloutSettings
+) -> tuple[float, dict[str, float]]:
+    """(tokens of all ranks' answers, means over all answers; signal: share of groups with
+    unequal rewards).
+    """
+    groups = rewards.view(-1, c.samples)
+    unequal = (groups != groups[:, :1]).any(1).sum()
+    counts = [(answer.length, answer.right, answer.ended) for answer in completions]
+    mine = [*np.sum(counts, axis=0), rewards.sum(), unequal]
+    n_tokens, right, ended, reward, signal = all_sum(
+        torch.tensor(mine, dtype=torch.float64)
+    ).tolist()
+    means = np.array([reward, right, n_tokens, ended]) / (c.prompts * c.samples)
+    stats = dict(zip(("reward", "right", "length", "ended"), means.tolist()))
+    if c.samples > 1:
+        stats["signal"] = signal / c.prompts
+    return n_tokens, stats
+
+
+def rows_per_part(c: RolloutSettings) -> int:
+    """Rows of a mini-batch, over all ranks."""
+    return c.prompts * c.samples // c.minibatches
+
+
+def score_log_probs(model: OLMo2, rows: list[tuple[Example]], c: RolloutSettings) -> list[Tensor]:
+    """Log-probabilities [1, T] of each row's targets, at the temperature of sampling."""
+    return score_rows(model, rows, c, lambda x, y: model.log_probs(x, y, c.temperature))
+
+
+def pad_like(mask: Tensor, values: list[Tensor] | Tensor, rows: list[int] | None = None) -> Tensor:
+    """Some rows of values [T] or [1, T], of several lengths, as one [b, T] of the mask's width."""
+    chosen = values if rows is None else [values[n] for n in rows]
+    width = mask.shape[1]
+    return pad_rows([row.flatten()[:width] for row in chosen], width=width).to(mask.device)
+
+
+def log_rollouts(
+    run: Run, c: RolloutSettings, rollouts: Rollouts, norms: list[float], lr: float
+) -> None:
+    """Log a step: losses are means over updates; KL, clipped share and entropy are per token.
+
+    Of what was sampled, the mean of -log p estimates the entropy.
+    """
+    entropy = -sum(row.sum() for row in rollouts.old_logprobs)
+    run.add(entropy=entropy.to(run.device))
+    sums = run.all_sum()
+    n_tokens = rollouts.n_tokens
+    updates = len(rollouts.parts) * c.passes
+    seen = n_tokens * c.passes
+    per = {"loss": updates, "value_loss": updates, "clip_fraction": seen, "entropy": n_tokens}
+    per["kl"] = n_tokens if isinstance(c, PPOSettings) else seen
+    means = {name: value / per[name] for name, value in sums.items()}
+    grad_norm = float(np.max(norms))  # unlike max, it keeps NaN
+    is_bad = not math.isfinite(grad_norm)
+    run.log(n_tokens, skipped=is_bad, **means, **rollouts.stats, lr=lr, grad_norm=grad_norm)

@@ -1,0 +1,610 @@
+"""Supervised fine-tuning: imitate answers. Also what all stages with conversations share.
+
+    python posttrain.py sft         # laptop: from runs/tiny/soup; 1 minute
+    python posttrain.py sft --data talks.jsonl --val held-out.jsonl --out runs/mine/sft
+    torchrun --nproc-per-node 8 posttrain.py sft --size 1B --init some/OLMo-2-1B
+
+What this stage teaches: a base model continues text. Trained on conversations, with the loss on the
+assistant's words alone, it answers, in the manner of the answers it is shown, good or bad.
+
+Shared with dpo.py and rlvr.py: settings, loading a model, completions and their scores, the
+optimizer step.
+
+Shapes: a row has k conversations (1 for SFT, 2 for pairs); b rows in a micro-batch, T tokens.
+Position t of a row of targets holds token t + 1, as in `OLMo2.loss`.
+"""
+
+import copy
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data import TokenData, get_tokenizer, mix_files, mix_sources
+from infra.checkpoint import Trained, find_weights, load_tensors
+from infra.distributed import (
+    all_sum,
+    checksum,
+    inference,
+    map_over_ranks,
+    on_rank_zero,
+    rank_and_world,
+    run_on_all_ranks,
+    self_check,
+    shard_model,
+)
+from infra.files import UserError
+from infra.metrics import plot_run
+from infra.run import Run
+from infra.settings import (
+    AboveZero,
+    BelowOne,
+    Count,
+    NotNegative,
+    Positive,
+    RunSettings,
+    Share,
+    TwoOrMore,
+)
+from likelihood import length_sorted_batches, pad_rows
+from model import ModelConfig, OLMo2, read_config
+from pretrain import clip_gradients, make_optimizer, set_lr, what_is_trained
+from recipes import LAPTOP_MIX
+from tasks.conversations import (
+    VERIFIERS,
+    Example,
+    Prompt,
+    Source,
+    fingerprint,
+    read_examples,
+    read_prompts,
+)
+from tokenizer import Tokenizer
+
+# ------------------------------------------------------------------------------------------
+# Settings
+
+
+@dataclass(frozen=True)
+class StageSettings(RunSettings):
+    """What all stages have. Published values: recipes.py."""
+
+    # the model to start from: a run, a checkpoint or a Hugging Face directory; none: what the stage
+    # before left in runs/<size>
+    init: str = ""
+    # .jsonl, .jsonl.gz, .parquet files, names of data sets on the Hub, or
+    # embedded/{instruct,sums,constraints}
+    data: tuple[str, ...] = ()
+    # held-out rows, likewise
+    val: tuple[str, ...] = ()
+    # held-out prompts to answer on the way, each with its verifier: rows as for grpo
+    quiz: tuple[str, ...] = ()
+    # the run's folder; none: runs/<size>/<stage>
+    out: str = ""
+    # of the order of the rows, and of sampling
+    seed: Count = 1
+    # length of the run; 0: once through the data, or --epochs times
+    steps: Count = 0
+    # of these steps: 0.05 for a quick look
+    share: AboveZero = 1.0
+    # tokens of an answer at most, where the model writes
+    response_length: Positive = 2048
+    # held-out rows of each file that take part
+    questions: Positive = 200
+
+    # peak learning rate
+    lr: AboveZero = 1e-6
+    # linear: to 0 at the end
+    schedule: Literal["linear", "constant"] = "linear"
+    # share of the steps in which the rate rises from 0
+    warmup: Share = 0.0
+    # of AdamW: share of the old mean of gradients that a step keeps (open-instruct finetune.py)
+    beta1: BelowOne = 0.9
+    # of AdamW: the same for the mean of their squares
+    beta2: BelowOne = 0.999
+    # of AdamW
+    eps: AboveZero = 1e-8
+    # of AdamW: decay of all weights but the input embedding
+    weight_decay: NotNegative = 0.0
+
+
+@dataclass(frozen=True)
+class SFTSettings(StageSettings):
+    """Supervised fine-tuning: rows {messages: [{role, content}, ...]}."""
+
+    # conversations per optimizer step, over all processes
+    batch: Positive = 128
+    # times that each row is seen
+    epochs: Positive = 2
+    # tokens of a conversation; what is longer loses its end
+    max_length: TwoOrMore = 4096
+    # leave out rows in which that leaves no answer (finetune.py does), instead of naming them
+    drop: bool = False
+    # conversations begin with <|endoftext|>; the released 32B's do not
+    bos: bool = True
+    # ours: share of the rows that are text of the laptop's stage 2, all of it trained on; a tiny
+    # model forgets fast
+    replay: BelowOne = 0.0
+
+
+@dataclass(frozen=True)
+class SamplingSettings(StageSettings):
+    """Rows {messages, ground_truth, dataset}: `dataset` names the verifier (gsm8k, math, ifeval;
+    ours: qa, instruct).
+    """
+
+    # prompts per step, over all processes
+    prompts: Positive = 48
+    # answers per prompt
+    samples: Positive = 16
+    # of sampling; log-probabilities are taken at the same
+    temperature: AboveZero = 1.0
+    # tokens of a prompt; longer ones are left out
+    prompt_length: Positive = 2048
+    # of a right answer
+    reward: NotNegative = 10.0
+    # rows {question, answer}, GSM8K's own layout, get the first so many of their file as examples
+    shots: Count = 8
+
+
+# ------------------------------------------------------------------------------------------
+# The loop
+
+
+def train_sft(c: SFTSettings, run: Run) -> None:
+    """Minimise the cross-entropy of what the assistant says; each token of a batch counts the same.
+
+    Source: Tulu 3 (arXiv 2411.15124); open-instruct finetune.py.
+    """
+    tokenizer = instruct_tokenizer(c.init, c.bos)
+    rows = read_sft_rows(c, tokenizer)
+    held_out = HeldOut(
+        tokenizer,
+        run_on_all_ranks(read_conversations, c, held_out_rows(c, c.val), tokenizer),
+        run_on_all_ranks(read_prompts, held_out_rows(c, c.quiz), tokenizer),
+    )
+    steps = number_of_steps(c, len(rows), c.batch, c.epochs)
+    model = load_model(c, c.init, run, longest=c.max_length)
+    optimizer = make_optimizer(model, c)
+    begin_stage(c, run, what_is_trained(model, optimizer, tokenizer), rows, c.batch, steps)
+    if run.step == 0:
+        evaluate_sft(c, run, model, held_out)
+
+    for step in run.steps(steps):
+        # 1. learning rate
+        lr = lr_at(step, steps, c)
+        set_lr(optimizer, lr)
+
+        # 2. gradient, a micro-batch at a time
+        numbers = batch_indices(len(rows), c.batch, step, c.seed)
+        batch = [rows[n] for n in numbers[run.rank :: run.world]]
+        n_targets, n_tokens = count_tokens(batch)  # of all ranks
+        for _, tokens, targets in micro_batches(batch, c.micro_batch, run.device):  # [b, T]
+            ce_sum, _, _ = model.loss(tokens, targets, z_loss=0.0)
+            loss = ce_sum / n_targets
+            loss.backward()
+            run.add(loss=loss)
+        sums = run.all_sum()
+
+        # 3. clip and step
+        grad_norm = take_step(model, optimizer, c.clip)
+
+        # 4. log, evaluate, save
+        run.log(n_tokens, skipped=not math.isfinite(grad_norm), **sums, lr=lr, grad_norm=grad_norm)
+        if run.due(c.eval_every) and not run.stop:
+            evaluate_sft(c, run, model, held_out)
+        if run.save_due(c.save_every):
+            run.save()
+    finish_stage(run)
+
+
+def read_sft_rows(c: SFTSettings, tokenizer: Tokenizer) -> list[tuple[Example]]:
+    """The conversations to imitate and, with --replay, text of stage 2; on every rank."""
+    rows = run_on_all_ranks(read_conversations, c, Source(c.data, c.seed), tokenizer)
+    n_replayed = round(len(rows) * c.replay / (1 - c.replay))
+    if not n_replayed:
+        return rows
+    replay = (replayed_rows, n_replayed, c.max_length, tokenizer)
+    on_rank_zero(*replay)  # builds the embedded corpus, the others find it
+    return rows + run_on_all_ranks(*replay)
+
+
+def read_conversations(
+    c: SFTSettings, source: Source, tokenizer: Tokenizer
+) -> list[tuple[Example]]:
+    return read_examples(source, ("messages",), tokenizer, c.max_length, c.drop)
+
+
+def replayed_rows(count: int, length: int, tokenizer: Tokenizer) -> list[tuple[Example]]:
+    """So many instances of the laptop's stage-2 mix, in which every token counts."""
+    files, counts = mix_files(mix_sources(LAPTOP_MIX, "train", tokenizer), count, length)
+    data = TokenData(files, length, tokenizer, counts)
+    all_of_it = np.ones(length, bool)
+    return [(Example(data.instance(i).astype(np.int32), all_of_it),) for i in range(len(data))]
+
+
+def evaluate_sft(c: SFTSettings, run: Run, model: OLMo2, held_out: "HeldOut") -> None:
+    """Record the held-out loss per token, and answers to held-out prompts."""
+    columns = {}
+    if held_out.rows:
+
+        def nats(rows: list) -> list[float]:
+            return [-row.sum().item() for row in score_rows(model, rows, c, model.log_probs)]
+
+        n_targets = sum(example.n_targets for (example,) in held_out.rows)
+        columns["loss"] = sum(map_over_ranks(held_out.rows, nats)) / n_targets
+    record_eval(c, run, model, held_out, columns)
+
+
+# ------------------------------------------------------------------------------------------
+# The beginning of a stage
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a stage is measured on."""
+
+    tokenizer: Tokenizer
+    rows: list[tuple[Example, ...]] = field(default_factory=list)
+    questions: list[Prompt] = field(default_factory=list)
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """Prompts for a sample, in ids."""
+        prompts = [question.tokens for question in self.questions]
+        return prompts or [row[0].prompt for row in self.rows]
+
+
+def held_out_rows(c: StageSettings, names: tuple[str, ...]) -> Source:
+    """--questions rows of each held-out file."""
+    return Source(names, c.seed, held_out=c.questions)
+
+
+def instruct_tokenizer(path: str, chat_bos: bool | None = None) -> Tokenizer:
+    """The tokenizer of the model at `path`, as that of the instruct model that is being made."""
+    folder, _ = run_on_all_ranks(find_weights, path)
+    tokenizer = copy.copy(run_on_all_ranks(get_tokenizer, folder))
+    tokenizer.instruct = True
+    if chat_bos is not None:
+        tokenizer.chat_bos = chat_bos
+    return tokenizer
+
+
+def load_model(
+    c: StageSettings, path: str, run: Run, longest: int, head: Literal["lm", "score"] = "lm"
+) -> OLMo2:
+    """The model at `path`, sharded as the run's. Given head "score", a language model gets a new
+    one, of one column.
+
+    longest: tokens of a sequence that it must take. Raises UserError.
+    """
+    folder, weights = run_on_all_ranks(find_weights, path)
+    config = run_on_all_ranks(read_config, folder)
+    check_shape(path, config, longest, head)
+    with torch.device("meta"):
+        model = OLMo2(replace(config, head=head))
+    shard_model(model, model.model.layers, c, run.mesh, bf16=run.device.type == "cuda")
+    model.to_empty(device=run.device)
+    tensors = {name: p.detach() for name, p in model.named_parameters()}
+    if config.head == head:
+        load_tensors(weights, tensors)
+    else:
+        model.init_weights(c.seed, names=("score.weight",))
+        del tensors["score.weight"]
+        load_tensors(weights, tensors, leave_out=("lm_head.weight",))
+    return model
+
+
+def check_shape(path: str, config: ModelConfig, longest: int, head: str) -> None:
+    """Raise UserError for a model that cannot do what a stage wants of it."""
+    if config.head == "score" and head == "lm":
+        raise UserError(f"{path} holds a reward model, which cannot write text", everywhere=True)
+    if longest > config.context:
+        raise UserError(
+            f"{path} takes {config.context:,} tokens at most, and {longest:,} are asked for: lower "
+            "--max-length, or --prompt-length and --response-length",
+            everywhere=True,
+        )
+
+
+def number_of_steps(c: StageSettings, rows: int, per_step: int, epochs: int = 1) -> int:
+    """Steps of a stage: --share of --steps, or of `epochs` times through the data. Raises
+    UserError.
+    """
+    if rows < per_step:
+        raise UserError(
+            f"{rows:,} rows are fewer than the {per_step:,} of a step: give more data, or a "
+            "smaller --batch or --prompts",
+            everywhere=True,
+        )
+    return max(1, round(c.share * (c.steps or epochs * (rows // per_step))))
+
+
+def begin_stage(
+    c: StageSettings, run: Run, trained: Trained, rows: list, per_step: int, steps: int
+) -> None:
+    """Enter and resume the run, check that the ranks agree, and print what is about to happen."""
+    data_hash = fingerprint(rows)
+    weights = trained.tensors["model"]
+    data = {"stage": run.stage, "hash": data_hash, "files": list(c.data), "rows": len(rows)}
+    run.enter(data, start=checksum(weights))
+    run.resume(trained)
+    checked = self_check(c, data_hash, weights, run.device)
+    n_parameters = sum(weight.numel() for weight in weights.values())
+    print(f"run       {run.title()}")
+    print(f"model     {c.init}: {n_parameters:,} parameters; {run.device}")
+    print(f"check     {checked}")
+    print(
+        f"data      {' '.join(c.data)}, {data_hash}: {len(rows):,} rows; {steps:,} steps of "
+        f"{per_step}, which is {100 * steps * per_step / len(rows):.0f} % of the rows"
+    )
+    if not (c.val or c.quiz):
+        print("          no held-out rows (--val, --quiz): nothing is measured on the way")
+
+
+# ------------------------------------------------------------------------------------------
+# Batches
+
+
+def batch_indices(rows: int, batch: int, step: int, seed: int) -> np.ndarray:
+    """Which rows are in the batch of a step.
+
+    Each epoch is a new permutation; what fills no batch at its end is left out.
+    """
+    epoch, i = divmod(step, rows // batch)
+    order = np.random.Generator(np.random.PCG64(seed + epoch)).permutation(rows)
+    return order[i * batch : (i + 1) * batch]
+
+
+def micro_batches(
+    rows: list[tuple[Example, ...]], size: int, device: torch.device
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """(which rows, tokens [k b, T], targets [k b, T]): neighbours in length together, padded on the
+    right.
+
+    The first conversations of all b rows come first, then all second ones.
+    """
+    lengths = [max(len(example.tokens) for example in row) for row in rows]
+    for which in length_sorted_batches(lengths, size):
+        columns = zip(*[rows[n] for n in which])
+        examples = list(itertools.chain.from_iterable(columns))
+        tokens = pad_rows([example.tokens for example in examples])
+        targets = pad_rows([example.targets for example in examples], value=-100)
+        yield which, tokens.long().to(device), targets.long().to(device)
+
+
+def count_tokens(rows: list[tuple[Example, ...]]) -> tuple[float, float]:
+    """(targets, tokens) in the rows of all ranks."""
+    examples = list(itertools.chain.from_iterable(rows))
+    counts = [(example.n_targets, len(example.tokens)) for example in examples]
+    n_targets, n_tokens = all_sum(torch.tensor(counts, dtype=torch.float64).sum(0)).tolist()
+    return n_targets, n_tokens
+
+
+# ------------------------------------------------------------------------------------------
+# The optimizer step
+
+
+def lr_at(step: int, steps: int, c: StageSettings) -> float:
+    """The rate of a step (from 0): linear warm-up, then constant, or a line to 0 after the last
+    step.
+
+    >>> c = SFTSettings(lr=1.0, warmup=0.2)
+    >>> [round(lr_at(step, 10, c), 3) for step in (0, 1, 2, 9)]
+    [0.5, 1.0, 1.0, 0.125]
+    """
+    warmup = round(steps * c.warmup)
+    if step < warmup:
+        return c.lr * (step + 1) / warmup
+    if c.schedule == "constant":
+        return c.lr * 1.0
+    return c.lr * ((steps - step) / (steps - warmup))
+
+
+def take_step(model: OLMo2, optimizer: torch.optim.Optimizer, clip: float) -> float:
+    """Clip, step, and forget the gradients; returns their norm. One that is not finite changes
+    nothing.
+    """
+    norm = clip_gradients(model, clip)
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+# ------------------------------------------------------------------------------------------
+# What a model says and thinks, without gradients
+
+# Bytes of keys and values at a time; twice as many while rows that have ended are dropped.
+CACHE_BYTES = {"cuda": 2**33, "mps": 2**30, "cpu": 2**27}
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer that a model has written."""
+
+    example: Example  # the prompt with its answer, which is what counts
+    log_probs: Tensor  # of the targets, as they were sampled [T], 0 elsewhere
+    text: str  # without EOS
+    ended: bool  # by EOS, in time
+    right: bool
+
+    @property
+    def length(self) -> int:
+        """Tokens of the answer."""
+        return int(self.example.loss_mask.sum())
+
+
+def generate_completions(
+    model: OLMo2,
+    tokenizer: Tokenizer,
+    prompts: list[Prompt],
+    seeds: list[int],
+    temperature: float,
+    max_new_tokens: int,
+    name: str = "",
+) -> list[Completion]:
+    """An answer to each prompt, verified. Row i draws from seeds[i] alone, whatever its company.
+
+    Sharded weights are gathered once for all of it: they must fit beside everything else.
+    name: of the progress bar; none: no bar.
+    """
+    made: list[Completion] = [None] * len(prompts)
+    lengths = [len(prompt.tokens) for prompt in prompts]
+    batches = length_sorted_batches(
+        lengths, rows_that_fit(model, max(lengths, default=0) + max_new_tokens)
+    )
+    rank, _ = rank_and_world()
+    hide = not name or rank > 0 or None
+    with inference(model, gather=True):
+        for which in tqdm(batches, name, leave=False, disable=hide):
+            ids, log_probs = model.generate(
+                [prompts[n].tokens for n in which],
+                max_new_tokens,
+                temperature,
+                eos=tokenizer.eos,
+                seed=[seeds[n] for n in which],
+            )
+            for i, n in enumerate(which):
+                made[n] = complete_prompt(prompts[n], ids[i], log_probs[i], tokenizer)
+    return made
+
+
+def sampling_seed(seed: int, step: int, row: int) -> int:
+    """The seed of an answer: of the run, the step and the answer's place in it, on any rank."""
+    return (seed * 2**32 + step) * 2**32 + row
+
+
+def rows_that_fit(model: OLMo2, length: int) -> int:
+    """Rows of `length` tokens whose keys and values fit in CACHE_BYTES."""
+    device, m = model.lm_head.weight.device.type, model.config
+    value_bytes = 2 if device == "cuda" else 4
+    row_bytes = length * 2 * m.layers * m.kv_heads * m.head_dim * value_bytes
+    return max(1, CACHE_BYTES[device] // row_bytes)
+
+
+def complete_prompt(
+    prompt: Prompt, ids: list[int], log_probs: list[float], tokenizer: Tokenizer
+) -> Completion:
+    """A verified completion, of what a model has written."""
+    n_prompt = len(prompt.tokens)
+    tokens = np.array(prompt.tokens + ids, np.int32)
+    ended = ids[-1] == tokenizer.eos
+    text = tokenizer.decode(ids[:-1] if ended else ids)
+    before = torch.zeros(n_prompt - 1)
+    return Completion(
+        example=Example(tokens, np.arange(len(tokens)) >= n_prompt),
+        log_probs=torch.cat((before, torch.tensor(log_probs), torch.zeros(1))),
+        text=text,
+        ended=ended,
+        right=VERIFIERS[prompt.verifier](text.strip(), prompt.label),
+    )
+
+
+def score_rows(
+    model: OLMo2,
+    rows: list[tuple[Example, ...]],
+    c: StageSettings,
+    score: Callable[[Tensor, Tensor], Tensor],
+) -> list[Tensor]:
+    """Per row of k conversations, `score(tokens, targets)` [k b, ...] of the model: [k, ...], on
+    the CPU.
+    """
+    found: list = [None] * len(rows)
+    size = 4 * c.micro_batch
+    device = next(model.parameters()).device
+    rank, _ = rank_and_world()
+    hide = len(rows) < 5000 or rank > 0 or None
+    with inference(model):
+        batches = micro_batches(rows, size, device)
+        total = math.ceil(len(rows) / size)
+        for which, tokens, targets in tqdm(batches, "scoring", total, leave=False, disable=hide):
+            scores = score(tokens, targets).cpu()
+            for i, n in enumerate(which):
+                found[n] = scores[i :: len(which)]
+    return found
+
+
+def score_completions(
+    model: OLMo2, tokenizer: Tokenizer, questions: list[Prompt], max_new_tokens: int
+) -> dict[str, float]:
+    """Scores of greedy answers to held-out prompts; {} without prompts. All ranks share the work.
+
+    <source> %: right. exact %: right word for word, where that is known. format %: ends, and looks
+    like an answer in a conversation. length: mean, in tokens.
+    """
+    if not questions:
+        return {}
+
+    def answer(part: list[Prompt]) -> list[Completion]:
+        return generate_completions(
+            model, tokenizer, part, [0] * len(part), 0.0, max_new_tokens, "held-out prompts"
+        )
+
+    hits: dict[str, list[bool]] = {}
+    well_formed, lengths = [], []
+    completions = map_over_ranks(questions, answer)
+    for question in questions:  # so that `exact` comes after all sources
+        hits[f"{question.source} %"] = []
+    for question, completion in zip(questions, completions):
+        hits[f"{question.source} %"].append(completion.right)
+        if question.exact:
+            hits.setdefault("exact %", []).append(completion.text.strip() == question.exact)
+        well_formed.append(completion.ended and "<|" not in completion.text)
+        lengths.append(completion.length)
+    hits["format %"] = well_formed
+    columns = {name: 100 * float(np.mean(values)) for name, values in hits.items()}
+    return columns | {"length": float(np.mean(lengths))}
+
+
+# ------------------------------------------------------------------------------------------
+# What is recorded, and the end of a stage
+
+
+def record_columns(run: Run, columns: dict[str, float]) -> None:
+    """Record and show what was measured on held-out rows."""
+    if not columns:
+        return
+    run.record("eval", held_out=columns)
+    shown = (f"{name} {value:.4g}" for name, value in columns.items())
+    print(f"          held-out: {', '.join(shown)}", flush=True)
+
+
+def record_eval(
+    c: StageSettings, run: Run, model: OLMo2, held_out: HeldOut, columns: dict[str, float]
+) -> None:
+    """Record and show `columns`, the scores of held-out questions, and an answer to one prompt.
+
+    The answer is drawn at temperature 1; the prompt is always the same.
+    """
+    tokenizer = held_out.tokenizer
+    scores = score_completions(model, tokenizer, held_out.questions, c.response_length)
+    record_columns(run, columns | scores)
+    if not held_out.prompts:
+        return
+    prompt = random.Random(c.seed).choice(held_out.prompts)
+    room = model.config.context - len(prompt)
+    with inference(model, gather=True):
+        (ids,), _ = model.generate(
+            [prompt], min(c.response_length, room), eos=tokenizer.eos, seed=c.seed
+        )
+    asked, answer = tokenizer.decode(prompt), tokenizer.decode(ids)
+    run.record("sample", prompt=asked, text=answer)
+    print(f"          sample: {asked[-200:]!r} -> {answer!r}", flush=True)
+
+
+def finish_stage(run: Run) -> None:
+    """Draw the curves, end the process if a signal has stopped the run, and say where the
+    results are.
+    """
+    on_rank_zero(plot_run, run.folder)
+    run.exit_if_stopped()
+    run.renew_weights()
+    print(f"{run.folder}: finished; weights in hf/, curves in curves.png\n", flush=True)

@@ -1,0 +1,433 @@
+"""Conversations to imitate, pairs to prefer, prompts to answer: from rows to arrays of ids.
+
+The layouts are the published ones:
+
+    {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
+        SFT
+    {"chosen": messages, "rejected": messages}
+        reward model, DPO
+    {"messages": messages, "ground_truth": "42", "dataset": "gsm8k"}
+        preference pairs, RLVR: `dataset` names the verifier
+    {"question": "…", "answer": "… #### 42"}
+        GSM8K's own, which become RLVR's
+
+They come from .jsonl and .parquet files, from data sets on the Hub, or from the laptop's generators
+(embedded/…). Rows that do not fit are named with file and line before anything runs.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from infra.files import UserError, did_you_mean, join_problems, json_lines
+from tasks.ifeval import rlvr_constraint, verify_ifeval
+from tasks.synthetic import instruct_rows, rlvr_rows
+from tasks.verifiers import is_right, verify_gsm8k, verify_math
+from tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation in ids: tokens [T], and which of them count in the loss [T]."""
+
+    tokens: np.ndarray  # int32
+    loss_mask: np.ndarray  # bool: what the assistant has written
+
+    @property
+    def targets(self) -> np.ndarray:
+        """The next token where the assistant wrote it, else -100: [T].
+
+        >>> Example(np.array([7, 8, 9]), np.array([False, True, True])).targets.tolist()
+        [8, 9, -100]
+        """
+        targets = np.where(self.loss_mask[1:], self.tokens[1:], -100)
+        return np.append(targets, -100)
+
+    @property
+    def n_targets(self) -> int:
+        return int(self.loss_mask[1:].sum())
+
+    @property
+    def prompt(self) -> list[int]:
+        """What stands before the assistant's first word."""
+        return self.tokens[: int(self.loss_mask.argmax())].tolist()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What to answer, and how to check the answer."""
+
+    messages: list[dict]
+    tokens: list[int]  # rendered, up to and with the assistant's header
+    verifier: str
+    label: str  # the right answer, as the verifier takes it
+    source: str  # by which it is counted
+    exact: str = ""  # the answer word for word, where there is one
+
+
+# ------------------------------------------------------------------------------------------
+# Rows: of files, of the Hub, embedded
+
+# The laptop's data sets, from seeded generators, and their numbers of rows for training.
+EMBEDDED = {"embedded/instruct": 16_000, "embedded/sums": 4000, "embedded/constraints": 4000}
+
+Row = tuple[str, dict]  # (where it stands, its content)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which rows to read: files, data sets on the Hub, embedded ones."""
+
+    names: tuple[str, ...]
+    seed: int  # of embedded training rows
+    held_out: int = (
+        0  # so many rows of each, of an embedded one its held-out split; 0: all, to train on
+    )
+
+    def rows(self) -> list[Row]:
+        """All rows, each with the place where it stands. Raises UserError."""
+        rows = []
+        for name in self.names:
+            part = self.rows_of(name)
+            rows += part[: self.held_out] if self.held_out else part
+        return rows
+
+    def rows_of(self, name: str) -> list[Row]:
+        if name in EMBEDDED:
+            rows = embedded_rows(name, self.seed, self.held_out)
+            return [(f"{name}, row {i}", row) for i, row in enumerate(rows, 1)]
+        if name.endswith((".jsonl", ".jsonl.gz")):
+            if not Path(name).exists():
+                raise UserError(f"{name} does not exist")
+            return [(f"{name}, line {number}", row) for number, row in json_lines(Path(name))]
+        return [(f"{name}, row {i}", row) for i, row in enumerate(read_table(name), 1)]
+
+
+def embedded_rows(name: str, seed: int, held_out: int) -> Iterator[dict]:
+    """Rows of a generator: its training rows, or so many held-out ones, which are always the
+    same.
+    """
+    place = ("val", held_out, 0) if held_out else ("train", EMBEDDED[name], seed)
+    if name == "embedded/instruct":
+        return instruct_rows(*place)
+    return rlvr_rows("gsm8k" if name == "embedded/sums" else "ifeval", *place)
+
+
+def read_table(name: str) -> Iterable[dict]:
+    """A .parquet file, or the training split of a data set on the Hub. Raises UserError."""
+    is_file = name.endswith(".parquet")
+    is_hub_name = name.count("/") == 1 and not name.startswith("embedded/")
+    if not is_file and (Path(name).exists() or not is_hub_name):
+        raise UserError(
+            f"{name}{did_you_mean(name, EMBEDDED)}: expected a file .jsonl, .jsonl.gz or .parquet, "
+            f"one of {', '.join(EMBEDDED)}, or a data set on the Hub, as in allenai/RLVR-GSM"
+        )
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{name}: reading .parquet and the Hub needs the datasets library: pip install datasets"
+        ) from None
+    try:
+        if is_file:
+            return datasets.Dataset.from_parquet(name)
+        return datasets.load_dataset(name, split="train")
+    except Exception as error:  # of the many libraries below
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(f"{name} cannot be read: {reason[:200]}") from None
+
+
+def parse_rows(rows: list[Row], parse: Callable[[dict], object]) -> list:
+    """`parse` of each row. Raises UserError that names the rows of which it does."""
+    parsed, problems = [], []
+    for where, row in rows:
+        try:
+            parsed.append(parse(row))
+        except UserError as error:
+            problems.append(f"{where}: {error}")
+    if problems:
+        raise UserError(join_problems(problems))
+    return parsed
+
+
+def read_messages(row: dict, key: str) -> list[dict]:
+    """The conversation under a key of a row. Raises UserError."""
+    messages = row.get(key)
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f'expected a list of messages under "{key}", got {str(row)[:60]}')
+    for i, message in enumerate(messages):
+        if not is_message(message):
+            raise UserError(
+                f'"{key}", message {i}: expected a role (system, user or assistant) and a text as '
+                f"content, got {str(message)[:60]}"
+            )
+    return messages
+
+
+def is_message(message) -> bool:
+    """Is it {"role": system | user | assistant, "content": a text}?"""
+    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+        return False
+    return message.get("role") in ("system", "user", "assistant")
+
+
+# ------------------------------------------------------------------------------------------
+# Examples: SFT, reward model, DPO
+
+
+def encode_conversations(
+    tokenizer: Tokenizer, conversations: Sequence[list[dict]], max_length: int
+) -> list[Example]:
+    """Conversations in ids; the loss mask is on exactly the assistant's words and the EOS after
+    them, in every turn.
+
+    What the assistant says is encoded apart from what stands before it, as when a model writes it.
+    So an answer that begins with a line break does not change the header's last id, as it does when
+    all is encoded at once (open-instruct sft_tulu_tokenize_and_truncate_v1; all other conversations
+    get the same ids either way). What exceeds max_length is cut on the right.
+    """
+    examples = []
+    hide = int(os.environ.get("RANK", 0)) > 0 or None
+    for start in tqdm(range(0, len(conversations), 1000), "encoding", leave=False, disable=hide):
+        batch = conversations[start : start + 1000]
+        pieces = [tokenizer.chat_pieces(messages) for messages in batch]
+        ids = iter(tokenizer.encode_batch(list(itertools.chain.from_iterable(pieces))))
+        for row in pieces:
+            examples.append(join_pieces(list(itertools.islice(ids, len(row))), max_length))
+    return examples
+
+
+def join_pieces(pieces: list[list[int]], max_length: int) -> Example:
+    """An example of pieces of ids, of which every second one is the assistant's.
+
+    >>> join_pieces([[1, 2], [3], [4]], 9).loss_mask.tolist()
+    [False, False, True, False]
+    """
+    tokens = list(itertools.chain.from_iterable(pieces))
+    spoken = [i % 2 == 1 for i in range(len(pieces))]
+    mask = np.repeat(np.array(spoken, bool), [len(piece) for piece in pieces])
+    return Example(np.array(tokens[:max_length], np.int32), mask[:max_length])
+
+
+def read_examples(
+    source: Source, keys: tuple[str, ...], tokenizer: Tokenizer, max_length: int, drop: bool
+) -> list[tuple[Example, ...]]:
+    """Per row the conversations under `keys`, encoded: ("messages",), or ("chosen", "rejected").
+
+    Raises UserError that names the rows that do not fit and, of those to train on, unless `drop`,
+    rows in which there is nothing to learn. Otherwise these are left out.
+    """
+    rows = source.rows()
+    places = [where for where, _ in rows]
+    conversations = parse_rows(rows, functools.partial(read_each, keys=keys))
+    strict = not (drop or source.held_out)
+    same = [fault_of_pair(row) for row in conversations]
+    if strict and any(same):
+        raise UserError(
+            f"{name_faults(places, same)}: expected two conversations that differ in their last "
+            "message; --drop leaves such rows out"
+        )
+    flat = list(itertools.chain.from_iterable(conversations))
+    encoded = iter(encode_conversations(tokenizer, flat, max_length))
+    examples = [tuple(itertools.islice(encoded, len(keys))) for _ in rows]
+    empty = [fault_of_labels(*row, max_length) for row in zip(conversations, examples)]
+    if strict and any(empty):
+        raise UserError(
+            f"{name_faults(places, empty)}: remove such rows, lengthen --max-length, or leave "
+            "them out with --drop"
+        )
+    if any(empty):
+        n_empty = sum(map(bool, empty))
+        print(f"          {n_empty:,} of {len(rows):,} rows teach nothing and are left out")
+    return [row for row, *faults in zip(examples, same, empty) if not any(faults)]
+
+
+def read_each(row: dict, keys: tuple[str, ...]) -> list[list[dict]]:
+    """The conversations under all keys of a row."""
+    return [read_messages(row, key) for key in keys]
+
+
+def name_faults(places: list[str], faults: list[str]) -> str:
+    """Where the first faults are, in one line."""
+    return join_problems([f"{where}: {fault}" for where, fault in zip(places, faults) if fault])
+
+
+def fault_of_pair(row: list[list[dict]]) -> str:
+    """Why two conversations cannot be compared, or ""."""
+    if len(row) == 1:
+        return ""
+    chosen, rejected = row
+    if chosen == rejected:
+        return "the two answers are the same"
+    return "" if chosen[:-1] == rejected[:-1] else "the two answer different prompts"
+
+
+def fault_of_labels(row: list[list[dict]], examples: tuple[Example, ...], max_length: int) -> str:
+    """Why there is nothing to learn from a row, or ""."""
+    if all(example.n_targets for example in examples):
+        return ""
+    for messages in row:
+        if not any(message["role"] == "assistant" for message in messages):
+            return "no assistant speaks in it"
+    return f"no word of the assistant is left in the first {max_length} tokens"
+
+
+# ------------------------------------------------------------------------------------------
+# Prompts: preference pairs, RLVR, held-out questions
+
+
+def verify_constraint(answer: str, label: str) -> bool:
+    """Does an answer keep to an RLVR row's constraint, a JSON object {"func_name": …}?"""
+    return verify_ifeval(answer, *rlvr_constraint(json.loads(label)))
+
+
+# The verifiers by the names in the rows' `dataset`: (answer, label) -> is it right?
+VERIFIERS: dict[str, Callable[[str, str], bool]] = {
+    "gsm8k": verify_gsm8k,
+    "math": verify_math,
+    "ifeval": verify_constraint,
+    "qa": functools.partial(is_right, "qa"),
+    "instruct": functools.partial(is_right, "instruct"),
+}
+
+
+def read_prompts(
+    source: Source, tokenizer: Tokenizer, prompt_length: int = 10**9, shots: int = 0
+) -> list[Prompt]:
+    """The prompts of at most `prompt_length` tokens. A last message of the assistant is not shown
+    to the model.
+
+    shots: worked examples before each of GSM8K's own rows, see `with_worked_examples`. Raises
+    UserError.
+    """
+    rows = with_worked_examples(source.rows(), shots)
+    prompts = parse_rows(rows, functools.partial(parse_prompt, tokenizer))
+    if source.names and not prompts:
+        raise UserError(f"{', '.join(source.names)}: no row")
+    short = [prompt for prompt in prompts if len(prompt.tokens) <= prompt_length]
+    if prompts and not short:
+        shortest = min(len(prompt.tokens) for prompt in prompts)
+        raise UserError(
+            f"none of {len(prompts):,} prompts has at most the {prompt_length} tokens of "
+            f"--prompt-length: the shortest has {shortest} (GSM8K's own rows get {shots} worked "
+            "examples: see --shots)"
+        )
+    if len(short) < len(prompts):
+        left_out = len(prompts) - len(short)
+        print(f"          {left_out:,} prompts exceed {prompt_length} tokens and are left out")
+    return short
+
+
+def parse_prompt(tokenizer: Tokenizer, row: dict) -> Prompt:
+    """The prompt of a row {messages, ground_truth, dataset}. Raises UserError."""
+    messages = read_messages(row, "messages")
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise UserError("there is no prompt before the assistant's message")
+    verifier = str(row.get("dataset", "")).lower()
+    label = row.get("ground_truth")
+    check_label(verifier, label)
+    return Prompt(
+        messages=messages,
+        tokens=tokenizer.apply_chat_template(messages, add_generation_prompt=True),
+        verifier=verifier,
+        label=label,
+        source=str(row.get("source") or verifier),
+        exact=row.get("worked_answer", "") if verifier == "ifeval" else "",
+    )
+
+
+def check_label(verifier: str, label) -> None:
+    """Raise UserError for a verifier that is none, or a label that it cannot check: now, not in
+    the middle of a run.
+    """
+    if verifier not in VERIFIERS:
+        raise UserError(
+            f'"dataset" names the verifier {verifier!r}{did_you_mean(verifier, VERIFIERS)}: '
+            f"there are {', '.join(VERIFIERS)}"
+        )
+    if not isinstance(label, str) or not label:
+        raise UserError(f'expected the right answer, a text, under "ground_truth", got {label!r}')
+    if verifier == "gsm8k" and not verify_gsm8k(label, label):
+        raise UserError(f'"ground_truth" holds no number for gsm8k to compare: {label[:40]!r}')
+    try:
+        VERIFIERS[verifier]("x" if verifier == "ifeval" else "", label)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f'"ground_truth" cannot be checked: {error}. A constraint is written as in '
+            '{"func_name": "validate_end", "end_phrase": "Bye."}'
+        ) from None
+
+
+def with_worked_examples(rows: list[Row], shots: int) -> list[Row]:
+    """GSM8K's own rows as RLVR rows: one user turn with the first `shots` rows of their file as
+    worked examples.
+
+    The release's prompts have eight (open-instruct create_ground_truth_data.py). The examples are
+    not asked. All other rows stay what they are.
+    """
+    files: dict[str, list[Row]] = {}
+    for where, row in rows:
+        files.setdefault(where.rpartition(",")[0], []).append((where, row))
+    made = []
+    for part in files.values():
+        if all(is_gsm8k(row) for _, row in part):
+            made += gsm8k_prompts(part, shots)
+        else:
+            made += part
+    return made
+
+
+def is_gsm8k(row: dict) -> bool:
+    """Is it {question, answer}, both texts?"""
+    return isinstance(row.get("question"), str) and isinstance(row.get("answer"), str)
+
+
+def gsm8k_prompts(rows: list[Row], shots: int) -> list[Row]:
+    """The rows of one file after the first `shots`, which become the examples before each
+    question.
+    """
+    examples = ""
+    for _, row in rows[:shots]:
+        answer = worked_answer(row["answer"])
+        examples += f"Question: {row['question']}\nAnswer: {answer}\n\n"
+    made = []
+    for where, row in rows[shots:]:
+        content = f"{examples}Question: {row['question']}\nAnswer:"
+        label = row["answer"].rpartition("####")[2].strip()
+        messages = [{"role": "user", "content": content}]
+        made.append((where, {"messages": messages, "dataset": "gsm8k", "ground_truth": label}))
+    return made
+
+
+def worked_answer(solution: str) -> str:
+    """A solution of GSM8K in one line, without its calculator notes.
+
+    >>> worked_answer("She sold 48/2 = <<48/2=24>>24 clips.\\n#### 24")
+    'She sold 48/2 = 24 clips. So the answer is 24.'
+    """
+    steps, _, result = solution.partition("####")
+    plain = " ".join(re.sub(r"<<[^<>]*>>", "", steps).split())
+    return f"{plain} So the answer is {result.strip()}."
+
+
+def fingerprint(rows: Sequence[Prompt] | Sequence[tuple[Example, ...]]) -> str:
+    """12 hex digits of what is trained on."""
+    digest = hashlib.sha256()
+    for row in rows:
+        if isinstance(row, Prompt):
+            digest.update(json.dumps([row.tokens, row.verifier, row.label]).encode())
+        else:
+            for example in row:
+                digest.update(example.tokens.tobytes() + example.loss_mask.tobytes())
+    return digest.hexdigest()[:12]
