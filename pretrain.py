@@ -84,7 +84,7 @@ def train(c: Config, run: Run) -> None:
     A step: the gradient of the mean loss over all targets of the global batch, clipped; AdamW.
     """
     tokenizer = run_on_all_ranks(get_tokenizer, c.tokenizer)
-    text = open_text(c, tokenizer)
+    text = open_data(c, tokenizer)
     run.enter(describe(text.train), start=fingerprint_of_start(c))
     model = make_model(c, tokenizer, run)  # without values
     optimizer = make_optimizer(model, c)
@@ -241,7 +241,7 @@ class Text:
     shares: dict[str, float]  # source -> share of the tokens, of a mix; {} without one
 
 
-def open_text(c: Config, tokenizer: Tokenizer) -> Text:
+def open_data(c: Config, tokenizer: Tokenizer) -> Text:
     """Open and check all files, on every rank. Raises UserError."""
     on_rank_zero(find_text, c, tokenizer)  # rank 0 builds the embedded corpus, the others find it
     return run_on_all_ranks(find_text, c, tokenizer)
