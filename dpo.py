@@ -94,8 +94,7 @@ def dpo_loss(
     reference_rejected: Tensor,
     beta: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, reward of the chosen, reward of the rejected), each [B], from scores S(y) [B] of
-    policy and reference.
+    """Loss, reward of the chosen, reward of the rejected, [B] each, from scores S(y) [B].
 
         loss = -log sigmoid(reward(chosen) - reward(rejected)),  reward(y) = beta (S(y) - S_ref(y))
 
@@ -157,9 +156,7 @@ class DPOSettings(RewardModelSettings):
 
 @dataclass(frozen=True)
 class PrefsSettings(SamplingSettings):
-    """Preference pairs from the model's own answers: the best one against a random other that is
-    worse.
-    """
+    """Preference pairs from the model's own answers: the best one against a worse one."""
 
     # answers per prompt (open-instruct synth_pref/README.md)
     samples: Positive = 4
@@ -318,9 +315,7 @@ def read_pairs(
 
 
 def score_pairs(model: OLMo2, pairs: Pairs, c: StageSettings, score) -> Tensor:
-    """[2, pairs]: the scores of all chosen and of all rejected conversations. All ranks share
-    the work.
-    """
+    """[2, pairs]: the scores of all chosen, then of all rejected ones; all ranks share the work."""
 
     def score_part(part: Pairs) -> list[list[float]]:
         return [row.tolist() for row in score_rows(model, part, c, score)]
@@ -329,9 +324,7 @@ def score_pairs(model: OLMo2, pairs: Pairs, c: StageSettings, score) -> Tensor:
 
 
 def add_pairs(run: Run, loss: Tensor, chosen: Tensor, rejected: Tensor, batch: int) -> None:
-    """Add a micro-batch's loss and rewards [b], as shares of the mean over all pairs of the
-    step.
-    """
+    """Add a micro-batch's loss and rewards [b], as shares of the mean over the step's pairs."""
     run.add(
         loss=loss.sum() / batch,
         chosen_reward=chosen.sum() / batch,
@@ -363,8 +356,7 @@ def pair_columns(loss: Tensor, chosen: Tensor, rejected: Tensor) -> dict[str, fl
 
 
 def make_preference_pairs(c: PrefsSettings, run: Run) -> None:
-    """Let the model answer each prompt several times, and pair the best answer with a random worse
-    one.
+    """Let the model answer each prompt several times; pair the best answer with a worse one.
 
     Writes train.jsonl and, where there are held-out prompts, val.jsonl, in the layout of the
     released mixes (parse_preferences.py). A step is the answers to --prompts prompts; what is
@@ -405,9 +397,7 @@ def make_preference_pairs(c: PrefsSettings, run: Run) -> None:
 
 
 def read_splits(c: PrefsSettings, tokenizer: Tokenizer) -> dict[str, list[Prompt]]:
-    """split -> prompts, on every rank: whole steps of --data, and --questions of --val. Raises
-    UserError.
-    """
+    """split -> prompts, on every rank: whole steps of --data, --questions of --val."""
     limits = (tokenizer, c.prompt_length, c.shots)
     train = run_on_all_ranks(read_prompts, Source(c.data, c.seed), *limits)
     steps = c.steps or math.ceil(len(train) / c.prompts)

@@ -71,9 +71,7 @@ class PlanSettings(PretrainSettings):
 
 
 class OpCounter(TorchDispatchMode):
-    """Sees every operation; counts what is computed and sent, and what is alive at the worst moment
-    of each phase, by kind.
-    """
+    """Counts what is computed and sent, and what is alive at the worst moment of each phase."""
 
     def __init__(self):
         super().__init__()
@@ -190,8 +188,9 @@ def interpolate(a: Counter, b: Counter, share: float) -> Counter:
 
 
 class Plan:
-    """Counts of a step on --gpus H100, per GPU: made at two depths and two micro-batches, and by
-    straight lines at any others. Raises UserError as `batch_layout` does.
+    """Counts of a step on --gpus H100, per GPU. Raises UserError as `batch_layout` does.
+
+    They are made at two depths and two micro-batches, and by straight lines at any others.
     """
 
     def __init__(self, shape: ModelConfig, c: PlanSettings):
@@ -259,8 +258,7 @@ class Plan:
 
 
 def compiled_bytes(shape: ModelConfig, c: PlanSettings) -> float:
-    """Bytes that compiled blocks keep of an instance from forward to backward, in bf16: an
-    estimate.
+    """Bytes that compiled blocks keep of an instance for the backward, in bf16 (estimated).
 
     A block keeps its input, q and k before norm and after RoPE, v, the outputs of attention and of
     o_proj, the MLP's input, gate, up, their product and its output; and a number per head, fp32.

@@ -151,9 +151,7 @@ def later_round(stage: str, size: str, number: int) -> dict:
 
 
 def continue_from(stage: str, size: str, folder: Path, number: int, data: tuple[str, ...]) -> dict:
-    """The settings that name runs: where this stage starts from, what the one before has made,
-    where it goes.
-    """
+    """The settings that name runs: where a stage starts, what was made for it, where it goes."""
     has_rounds = issubclass(STAGES[stage], RolloutSettings)
     before = (f"{stage}-{number - 1}",) if number > 1 else PREVIOUS_STAGE[stage]
     chain = {
@@ -176,8 +174,7 @@ def first_that_exists(folder: Path, names: tuple[str, ...]) -> Path:
 
 
 def without_held_out(c: StageSettings, default: StageSettings) -> StageSettings:
-    """Settings without the laptop's held-out rows and replayed text, where flags have not named
-    them.
+    """Settings without the laptop's held-out rows and replay, where no flag has named them.
 
     They were held out of the default data, and say nothing of other data.
     """
@@ -215,9 +212,7 @@ def check(c: StageSettings) -> None:
 
 
 def check_exists(flag: str, path: str, size: str) -> None:
-    """Raise UserError for a model that is not there, with the command that makes it, if there is
-    one.
-    """
+    """Raise UserError for a model that is not there, with the command that makes it."""
     if not path or Path(path).exists():
         return
     stage = Path(path).name.split("-")[0]

@@ -514,9 +514,7 @@ def default_settings(size: str) -> Config:
 
 
 def read_size(arguments: list[str]) -> str:
-    """The --size of a command line, known before all else: it picks the recipe. Raises
-    UserError.
-    """
+    """The --size of a command line, known before all else: it picks the recipe."""
     size = flag_value(arguments, "size", "tiny")
     if size not in SIZES:
         hint = did_you_mean(size, SIZES, cutoff=0.3)

@@ -26,9 +26,7 @@ from infra.settings import (
 
 @dataclass(frozen=True)
 class PretrainSettings(RunSettings):
-    """The defaults are the 1B's to 13B's (official yamls; paper Table 1), the recipes below
-    differ from them.
-    """
+    """Stage 1. The defaults are those of the 1B to 13B (official yamls; paper Table 1)."""
 
     # ---- what is trained, on what
     # token files (.npy) or folders made by data.py; none: the embedded corpus (tiny to 760M)
@@ -191,9 +189,7 @@ PRETRAIN: dict[str, dict] = {
 
 @dataclass(frozen=True)
 class AnnealSettings(PretrainSettings):
-    """Stage 2's own; the values of all others are stage 1's, from its run.json, but for `recipe`
-    in anneal.py.
-    """
+    """Stage 2's own; all others are stage 1's, but for what `recipe` in anneal.py changes."""
 
     # stage 1: a run (its newest state), a training state, or a Hugging Face directory; none:
     # runs/<size>/pretrain

@@ -90,8 +90,7 @@ def gae(
 
 
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
-    """values [B, T] with mean 0 and (unbiased) variance 1 over the mask, of all ranks together; 0
-    outside.
+    """values [B, T] with mean 0 and (unbiased) variance 1 over the mask, of all ranks together.
 
     Upstream whitens over each rank's own.
 
@@ -106,8 +105,7 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def policy_loss(new: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """(loss, whether the clipped branch holds the gradient back) per token [B, T], of
-    log-probabilities [B, T].
+    """(loss, does the clip hold the gradient back) per token [B, T], of log-probabilities.
 
         ratio = exp(new - old),   loss = max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip))
 
@@ -159,8 +157,7 @@ def ppo_losses(
 
 
 def grpo_advantages(rewards: Tensor, normalize: bool = True) -> Tensor:
-    """How much better each answer is than its group's mean, in the group's (unbiased) standard
-    deviations.
+    """How much better each answer is than its group, in the group's standard deviations.
 
     rewards: [prompts, samples]. A group of equal rewards has advantages of 0. Without `normalize`:
     the difference alone (Dr. GRPO, arXiv 2503.20783). Source: GRPO (arXiv 2402.03300) section
@@ -175,8 +172,7 @@ def grpo_advantages(rewards: Tensor, normalize: bool = True) -> Tensor:
 
 
 def kl_k3(log_probs: Tensor, reference: Tensor) -> Tensor:
-    """KL(policy || reference) per token, estimated as exp(-d) - 1 + d with d = log_probs -
-    reference.
+    """KL(policy || reference) per token, estimated by exp(-d) - 1 + d, d = log_probs - reference.
 
     It is never negative, and 0 where they agree. As a loss its gradient is, in expectation, that of
     KL(reference || policy). d is cut at 40. Source: open-instruct model_utils.py.
@@ -215,8 +211,7 @@ def grpo_loss(
     clip: float = 0.2,
     beta: float = 0.01,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, clipped tokens, KL), sums over tokens, from log-probabilities [B, T] and advantages
-    [B].
+    """(loss, clipped tokens, KL), sums over tokens, of log-probabilities [B, T].
 
         loss = sum of weight (policy_loss + beta kl_k3(new, reference))
 
@@ -361,9 +356,7 @@ def train_grpo(c: GRPOSettings, run: Run) -> None:
 
 
 def train_ppo(c: PPOSettings, run: Run) -> None:
-    """Let a value model learn what an answer so far is worth, and raise tokens that bring more
-    than that.
-    """
+    """Let a value model learn what an answer so far is worth; raise tokens that bring more."""
     tokenizer = instruct_tokenizer(c.init)
     prompts = run_on_all_ranks(read_rlvr_prompts, c, Source(c.data, c.seed), tokenizer)
     quiz = run_on_all_ranks(read_rlvr_prompts, c, held_out_rows(c, c.quiz), tokenizer)
@@ -530,9 +523,7 @@ def reward_of(answer: Completion, c: RolloutSettings) -> float:
 def rollout_stats(
     completions: list[Completion], rewards: Tensor, c: RolloutSettings
 ) -> tuple[float, dict[str, float]]:
-    """(tokens of all ranks' answers, means over all answers; signal: share of groups with
-    unequal rewards).
-    """
+    """(tokens of all answers, means over answers; signal: share of groups of unequal rewards)."""
     groups = rewards.view(-1, c.samples)
     unequal = (groups != groups[:, :1]).any(1).sum()
     counts = [(answer.length, answer.right, answer.ended) for answer in completions]

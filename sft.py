@@ -136,9 +136,7 @@ class SFTSettings(StageSettings):
 
 @dataclass(frozen=True)
 class SamplingSettings(StageSettings):
-    """Rows {messages, ground_truth, dataset}: `dataset` names the verifier (gsm8k, math, ifeval;
-    ours: qa, instruct).
-    """
+    """Rows {messages, ground_truth, dataset}: `dataset` names the verifier."""
 
     # prompts per step, over all processes
     prompts: Positive = 48
@@ -280,8 +278,7 @@ def instruct_tokenizer(path: str, chat_bos: bool | None = None) -> Tokenizer:
 def load_model(
     c: StageSettings, path: str, run: Run, longest: int, head: Literal["lm", "score"] = "lm"
 ) -> OLMo2:
-    """The model at `path`, sharded as the run's. Given head "score", a language model gets a new
-    one, of one column.
+    """The model at `path`, sharded as the run's; head "score" gives it a new head of one column.
 
     longest: tokens of a sequence that it must take. Raises UserError.
     """
@@ -315,9 +312,7 @@ def check_shape(path: str, config: ModelConfig, longest: int, head: str) -> None
 
 
 def number_of_steps(c: StageSettings, rows: int, per_step: int, epochs: int = 1) -> int:
-    """Steps of a stage: --share of --steps, or of `epochs` times through the data. Raises
-    UserError.
-    """
+    """Steps of a stage: --share of --steps, or of `epochs` times through the data."""
     if rows < per_step:
         raise UserError(
             f"{rows:,} rows are fewer than the {per_step:,} of a step: give more data, or a "
@@ -366,8 +361,7 @@ def batch_indices(rows: int, batch: int, step: int, seed: int) -> np.ndarray:
 def micro_batches(
     rows: list[tuple[Example, ...]], size: int, device: torch.device
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """(which rows, tokens [k b, T], targets [k b, T]): neighbours in length together, padded on the
-    right.
+    """(which rows, tokens [k b, T], targets [k b, T]), neighbours in length together.
 
     The first conversations of all b rows come first, then all second ones.
     """
@@ -393,8 +387,7 @@ def count_tokens(rows: list[tuple[Example, ...]]) -> tuple[float, float]:
 
 
 def lr_at(step: int, steps: int, c: StageSettings) -> float:
-    """The rate of a step (from 0): linear warm-up, then constant, or a line to 0 after the last
-    step.
+    """The rate of a step (from 0): linear warm-up, then constant, or a line to 0.
 
     >>> c = SFTSettings(lr=1.0, warmup=0.2)
     >>> [round(lr_at(step, 10, c), 3) for step in (0, 1, 2, 9)]
@@ -409,9 +402,7 @@ def lr_at(step: int, steps: int, c: StageSettings) -> float:
 
 
 def take_step(model: OLMo2, optimizer: torch.optim.Optimizer, clip: float) -> float:
-    """Clip, step, and forget the gradients; returns their norm. One that is not finite changes
-    nothing.
-    """
+    """Clip, step, forget the gradients; returns their norm. If it is not finite, do not step."""
     norm = clip_gradients(model, clip)
     if math.isfinite(norm):
         optimizer.step()
@@ -514,9 +505,7 @@ def score_rows(
     c: StageSettings,
     score: Callable[[Tensor, Tensor], Tensor],
 ) -> list[Tensor]:
-    """Per row of k conversations, `score(tokens, targets)` [k b, ...] of the model: [k, ...], on
-    the CPU.
-    """
+    """Per row of k conversations, `score(tokens, targets)` [k b, ...]: [k, ...], on the CPU."""
     found: list = [None] * len(rows)
     size = 4 * c.micro_batch
     device = next(model.parameters()).device
@@ -601,9 +590,7 @@ def record_eval(
 
 
 def finish_stage(run: Run) -> None:
-    """Draw the curves, end the process if a signal has stopped the run, and say where the
-    results are.
-    """
+    """Draw the curves, end the process if it was stopped, and say where the results are."""
     on_rank_zero(plot_run, run.folder)
     run.exit_if_stopped()
     run.renew_weights()

@@ -200,8 +200,7 @@ Files = dict[str, list[Path]]  # source -> held-out token files
 def find_held_out(
     data: tuple[str, ...], path: str, tokenizer: Tokenizer
 ) -> tuple[Files, dict[str, float]]:
-    """(held-out files, each source's share): those of `data`, or what the run at `path` was
-    evaluated on, or the embedded ones of stage 2.
+    """(held-out files, each source's share): of `data`, of the run at `path`, or embedded.
 
     ({}, {}) where there is nothing: weights from elsewhere, without --data.
     """
@@ -336,9 +335,7 @@ def check_flags(c: Config) -> None:
 
 
 def check_ingredients(paths: list[str], weights: list[float], out: Path) -> None:
-    """Raise UserError unless each ingredient has a weight and is a finished model, named once,
-    outside the soup's own folder.
-    """
+    """Raise UserError unless each ingredient is a finished model with a weight, named once."""
     if len(weights) != len(paths) or not all(0 < weight < math.inf for weight in weights):
         raise UserError(
             f"--weights {weights}: expected {len(paths)} numbers above 0, one per ingredient"

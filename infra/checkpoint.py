@@ -56,9 +56,7 @@ Tensors = dict[str, Tensor]
 
 
 def find_weights(path: str | Path) -> tuple[Path, Path]:
-    """(folder of config.json, folder of the safetensors files) of a run, a checkpoint or an HF
-    directory.
-    """
+    """(folder of config.json, folder of the weights) of a run, a checkpoint or an HF directory."""
     path = Path(path)
     if not path.exists():
         raise UserError(
@@ -96,9 +94,7 @@ def write_weights(
 
 
 def assign_to_files(tensors: Tensors, shard_bytes: int) -> dict[str, list[str]]:
-    """{file name: names of its tensors}, in order, each file of at most `shard_bytes` if it can
-    be.
-    """
+    """{file name: names of its tensors}, in order, each file of at most `shard_bytes`."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():
@@ -114,9 +110,7 @@ def assign_to_files(tensors: Tensors, shard_bytes: int) -> dict[str, list[str]]:
 
 
 def write_index(path: Path, tensors: Tensors, files: dict[str, list[str]]) -> None:
-    """Write the index of several files, and remove what an earlier save with other files has
-    left.
-    """
+    """Write the index of several files, and remove files that an earlier save has left."""
     index = path / "model.safetensors.index.json"
     if len(files) > 1:
         weight_map = {}
@@ -158,8 +152,7 @@ def write_safetensors(path: Path, tensors: Tensors, read: Callable[[str], Tensor
 
 
 class StoredWeights:
-    """The tensors in a folder of safetensors files, whole or in the shards of many ranks, read one
-    at a time.
+    """The tensors in a folder of safetensors files, whole or in shards, read one at a time.
 
     shapes: name -> tensor without values (on meta). Raises UserError for damaged files.
     """
@@ -215,9 +208,7 @@ def load_tensors(folder: Path, tensors: Tensors, leave_out: tuple[str, ...] = ()
 
 @contextlib.contextmanager
 def one_process_is_fine() -> Iterator[None]:
-    """Without torch's warning that a checkpoint is read or written by a single process: ours often
-    are.
-    """
+    """Silence torch's warning that a single process reads or writes: ours often does."""
     with warnings.catch_warnings():
         text = "torch.distributed is disabled, unavailable or uninitialized"
         warnings.filterwarnings("ignore", text)
@@ -225,9 +216,7 @@ def one_process_is_fine() -> Iterator[None]:
 
 
 def read_headers(folder: Path):
-    """What the safetensors files in `folder` hold, as torch's `Metadata`. Raises UserError if one
-    is damaged.
-    """
+    """What the safetensors files in `folder` hold (torch's `Metadata`). Raises UserError."""
     try:
         return dcp.HuggingFaceStorageReader(str(folder)).read_metadata()
     except Exception as error:  # safetensors has one type of exception for every kind of damage
@@ -240,9 +229,7 @@ def last_line(error: BaseException) -> str:
 
 
 def check_tensors(folder: Path, tensors: Tensors, leave_out: tuple[str, ...] = ()) -> None:
-    """Raise UserError unless the files in `folder` hold exactly `tensors`; it names what is
-    wrong.
-    """
+    """Raise UserError unless the files in `folder` hold exactly `tensors`; it names the faults."""
     check_files(folder)
     stored = read_headers(folder).state_dict_metadata
     problems = [f"{name} is missing" for name in tensors if name not in stored]
@@ -261,9 +248,7 @@ def check_tensors(folder: Path, tensors: Tensors, leave_out: tuple[str, ...] = (
 
 
 def check_files(folder: Path) -> None:
-    """Raise UserError unless a folder holds the safetensors files of its index, or some without an
-    index.
-    """
+    """Raise UserError unless a folder holds the safetensors files that its index names."""
     files = {path.name for path in folder.glob("*.safetensors")}
     if not files:
         raise UserError(f"{folder} holds no .safetensors file")
@@ -358,9 +343,7 @@ def save_state(run: Path, state: dict, trained: Trained, keep: int = 0, group=No
 
 
 def write_state(tmp: Path, state: dict, trained: Trained, group=None) -> None:
-    """Write all files of a state into `tmp`. Each rank writes its shards and hashes its share of
-    the files.
-    """
+    """Write all files of a state into `tmp`; each rank writes its shards."""
     on_rank_zero(make_folder, tmp, group=group)
     for part, tensors in trained.tensors.items():
         # Given anything but tensors, torch's writer would quietly make a pickle of it.
@@ -404,9 +387,7 @@ def remove_states(states: list[Path]) -> None:
 
 
 def export(run: Path, state: Path, trained: Trained, group=None) -> None:
-    """Make run/hf, a Hugging Face directory, from a state's files; a reader finds the old one or
-    the new one.
-    """
+    """Make run/hf from a state's files; a reader finds the old directory or the new one."""
     tmp = run / ".saving-hf"
     stored = state / "model"
     on_rank_zero(make_folder, tmp, group=group)

@@ -1,5 +1,4 @@
-"""Many processes that act as one: ranks, their errors, devices, sharding, and a check that they
-agree.
+"""Many processes that act as one: ranks, errors, devices, sharding, a check that they agree.
 
 The engine is PyTorch's own: `torchrun` starts the ranks, FSDP2 shards the weights. Without torchrun
 there is one plain process, and every function here still works: rank 0 of a world of 1.
@@ -156,9 +155,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def best_device(name: str = "auto") -> torch.device:
-    """The device `name`; of `auto`: CUDA, else Apple's MPS, else the CPU. Raises UserError if it is
-    absent.
-    """
+    """The device `name`; of `auto`: CUDA, else Apple's MPS, else the CPU. Raises UserError."""
     available = ["cpu"]
     if torch.backends.mps.is_available():
         available.insert(0, "mps")
@@ -189,8 +186,7 @@ def keep_freed_memory(keep: bool) -> None:
 
 
 def init_process(device_name: str, threads: int, timeout: int) -> torch.device:
-    """Prepare this process for a run and meet the other ranks; returns its device. Raises
-    UserError.
+    """Prepare this process for a run and meet the other ranks; returns its device.
 
     threads: of the CPU, 0 for torch's choice. timeout: seconds to wait for another rank.
     """
@@ -206,8 +202,7 @@ def init_process(device_name: str, threads: int, timeout: int) -> torch.device:
 
 
 def init_distributed(device_name: str, timeout: int) -> torch.device:
-    """Join the process group of torchrun, if there is one; returns this process' device. Raises
-    UserError.
+    """Join the process group of torchrun, if there is one; returns this process' device.
 
     On CUDA a single process is a world of one, so that bf16 is computed in one way. On a CPU it
     stays plain.
@@ -251,9 +246,7 @@ def claim_gpu(local_rank: int) -> torch.device:
 
 
 def meet(rank: int, world: int, timeout: int) -> distributed.Store:
-    """The store through which the ranks of a torchrun find each other, once all have come. Raises
-    UserError.
-    """
+    """The store through which the ranks of a torchrun find each other. Raises UserError."""
     env = os.environ
     # torchrun may lend its own store, which outlives a restart: what dead processes left there must
     # not be read.
@@ -308,9 +301,7 @@ def wait_for_ranks(store: distributed.Store, rank: int, world: int, timeout: int
 
 
 def error_of_absence(text: str, speak: bool) -> UserError:
-    """An error of ranks that never met. Rank 0, who speaks for all, may be the missing one: then
-    `speak`.
-    """
+    """An error of ranks that never met; `speak`: rank 0, who speaks for all, may be missing."""
     if speak:
         print(f"rank {os.environ['RANK']}: error: {text}", file=sys.stderr)
     return UserError(text)
@@ -325,9 +316,7 @@ def shutdown_distributed() -> None:
 
 @contextlib.contextmanager
 def exit_if_peer_lost() -> Iterator[None]:
-    """End this process with one line, if an error means that another rank is gone: no bug of
-    ours.
-    """
+    """End this process with one line if an error means that another rank is gone."""
     try:
         yield
     except RuntimeError as error:
@@ -357,9 +346,7 @@ class BatchLayout:
 
 
 def batch_layout(batch: int, micro_batch: int, shard: int, world: int) -> BatchLayout:
-    """The layout of `batch` instances on `world` ranks. Raises UserError for what does not
-    divide.
-    """
+    """The layout of `batch` instances on `world` ranks. Raises UserError."""
     micro_batch = min(micro_batch, max(1, batch // world))
     ranks = f"{world} processes"
     check_divides("--batch", batch, world, ranks)
@@ -369,9 +356,7 @@ def batch_layout(batch: int, micro_batch: int, shard: int, world: int) -> BatchL
 
 
 def check_divides(flag: str, value: int, unit: int, parts: str) -> None:
-    """Raise UserError unless `unit` divides a flag's value; it has the equation and the nearest
-    values.
-    """
+    """Raise UserError, with the nearest values, unless `unit` divides a flag's value."""
     if value % unit == 0:
         return
     below = value // unit * unit
@@ -382,9 +367,7 @@ def check_divides(flag: str, value: int, unit: int, parts: str) -> None:
 
 
 def shard_size(shard: int, world: int) -> int:
-    """Ranks per copy of the weights, from --shard (0: all). Raises UserError for what does not
-    divide.
-    """
+    """Ranks per copy of the weights, from --shard (0: all). Raises UserError."""
     size = min(shard or world, world)
     if world % size:
         divisors = [n for n in range(1, world + 1) if world % n == 0]
@@ -416,8 +399,7 @@ def shard_model(
     mesh: DeviceMesh | None,
     bf16: bool,
 ) -> None:
-    """Set up activation checkpointing, compilation and sharding, in this order, before there are
-    weights.
+    """Set up activation checkpointing, compilation and sharding, before there are weights.
 
     blocks: the model's equal layers. Each is a group of its own in FSDP; all the rest is one more
     group. bf16: what a forward gathers and computes in; parameters, gradients and their sums over
@@ -447,8 +429,7 @@ def shard_model(
 
 
 def is_recomputed(i: int, share: float) -> bool:
-    """Does block i belong to the evenly spread share that runs its forward again in the backward
-    pass?
+    """Is block i in the evenly spread share that runs its forward again in the backward pass?
 
     >>> [i for i in range(12) if is_recomputed(i, 0.25)]
     [0, 4, 8]
@@ -549,8 +530,7 @@ def sum_of_bits(tensor: Tensor) -> Tensor:
 def self_check(
     settings: RunSettings, data_hash: str, weights: dict[str, Tensor], device: torch.device
 ) -> str:
-    """Check that the links add up and that all ranks have the same code, settings, data and
-    weights.
+    """Check that the links work and that all ranks have equal code, settings, data and weights.
 
     Returns one line to print. Raises UserError that says who differs in what.
     """

@@ -121,9 +121,7 @@ def open_text(path: Path, file: io.BufferedReader) -> io.TextIOWrapper:
 
 
 def make_folder(path: Path) -> Path:
-    """An empty folder at `path`; what stood there is removed. Raises UserError where it cannot be
-    written.
-    """
+    """An empty folder at `path`; what stood there is removed. Raises UserError."""
     try:
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
@@ -133,8 +131,7 @@ def make_folder(path: Path) -> Path:
 
 
 def is_plain_name(name: str) -> bool:
-    """Is it one component of a path, of letters, digits, `.`, `_` and `-`, so that it can lead
-    nowhere else?
+    """Is it one component of a path, of letters, digits, `.`, `_` and `-`?
 
     >>> is_plain_name("OLMo-2.1_b"), is_plain_name("x/../../home"), is_plain_name("..")
     (True, False, False)

@@ -69,9 +69,7 @@ def is_not_finite(value) -> bool:
 
 
 def start_wandb(project: str, run: Path, settings: dict):
-    """A run at Weights & Biases, or None without a project. Raises UserError if the library is
-    absent.
-    """
+    """A run at Weights & Biases, or None without a project. Raises UserError."""
     if not project:
         return None
     try:
@@ -115,9 +113,7 @@ class Progress:
         return row | {"mfu": self.mfu(speed)} if self.flops_per_token else row
 
     def mfu(self, tokens_per_s: float) -> float | None:
-        """Model FLOPs utilisation: useful FLOP/s over the peak; None where the peak is not
-        known.
-        """
+        """Model FLOPs utilisation: useful FLOP/s over the peak; None if the peak is not known."""
         return tokens_per_s * self.flops_per_token / self.peak if self.peak else None
 
     def line(self, step: int, values: dict[str, float]) -> str:
@@ -194,9 +190,7 @@ def plot_curves(
     title: str = "",
     size: tuple[float, float] = (3.2, 2.6),
 ) -> None:
-    """Draw panels, each of `size` inches, into a PNG file, atomically. Without panels there is
-    no file.
-    """
+    """Draw panels, each of `size` inches, into a PNG file, atomically."""
     if not panels:
         return
     from matplotlib.figure import Figure

@@ -101,9 +101,7 @@ class Run:
             raise UserError(text, everywhere=True)
 
     def resume(self, trained: Trained) -> dict:
-        """Load the newest good state into `trained`; returns its state.json, or {} if there is
-        none.
-        """
+        """Load the newest good state into `trained`; returns its state.json, or {}."""
         self.trained = trained
         self.resumed_from = newest_state(self.folder)
         state = load_state(self.resumed_from, trained) if self.resumed_from else {}
@@ -143,8 +141,7 @@ class Run:
     # ---- the loop
 
     def steps(self, total: int, flops_per_token: float = 0) -> Iterator[int]:
-        """The numbers of the steps that are to be done, from 0; ends early when a signal has
-        stopped the run.
+        """The steps that are to be done, from 0; ends early when a signal has stopped the run.
 
         The body must call `log` once. flops_per_token: for MFU.
         """
@@ -181,9 +178,7 @@ class Run:
         return named
 
     def log(self, tokens: float, *, skipped: bool, **values: float) -> None:
-        """End a step: count it, record its metrics, print a line. Raises UserError after many
-        skipped steps.
-        """
+        """End a step: count it, record its metrics, print a line. Raises UserError."""
         self.step += 1
         self.tokens += int(tokens)
         self.record("step", **values, skipped=skipped, **self.progress.count_step(tokens))
@@ -266,9 +261,7 @@ class Run:
 def create_or_resume_run(
     stage: str, settings: RunSettings, origin: dict[str, str], data: dict, start: str | None
 ) -> None:
-    """Make a run's folder and run.json; of a run that is there, check stage, settings and data
-    first.
-    """
+    """Make a run's folder and run.json, or check that a run there is the same one."""
     run = Path(settings.out)
     check_writable(run)
     for left in [*run.glob(".saving-*"), *run.glob(".old-hf")]:  # of a process that died in a save
@@ -297,9 +290,7 @@ def check_writable(run: Path) -> None:
 def check_same_run(
     run: Path, stage: str, config: dict, may_change: frozenset, data_hash: str, start: str | None
 ) -> None:
-    """Raise UserError if the run that is there is of another stage, or began with other
-    settings.
-    """
+    """Raise UserError if the run there is of another stage or began with other settings."""
     before = read_json(run / "run.json")
     there = stage_of(before)
     if there != stage:

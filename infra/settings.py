@@ -1,5 +1,4 @@
-"""Settings as frozen dataclasses: what every run shares, types with a range, and where each value
-came from.
+"""Settings as frozen dataclasses: types with a range, and where each value came from.
 
 A script's Config has one field per flag, with its comment above it; tyro makes the command line of
 it and the comments become the help. Values come from: the class < the recipe of --size < the flags.
@@ -41,9 +40,7 @@ WHOLE_NUMBER = tyro.constructors.PrimitiveConstructorSpec(
 
 @dataclass(frozen=True)
 class Range:
-    """The values that a setting may have, and the words that say so in an error. NaN is in no
-    range.
-    """
+    """The values that a setting may have, and the words for them. NaN is in no range."""
 
     words: str
     low: float = -math.inf
@@ -67,9 +64,7 @@ BelowOne = Annotated[float, Range("from 0 to below 1", 0, JUST_BELOW_1)]
 
 
 def check_ranges(settings) -> None:
-    """Raise UserError that names every value out of its range and every word that is none of its
-    choices.
-    """
+    """Raise UserError that names every value out of its range or its choices."""
     problems = []
     hints = typing.get_type_hints(type(settings), include_extras=True)
     for field in fields(settings):
@@ -169,9 +164,7 @@ def silence_other_ranks(errors: bool = False) -> Iterator[None]:
 
 
 def parse_flags(default, arguments: list[str], description: str | None, prog: str | None = None):
-    """`default` with the flags of a command line; for flags that are none tyro exits with status
-    2.
-    """
+    """`default` with the flags of a command line; tyro ends the process at a wrong flag."""
     with silence_other_ranks(errors=True):
         return tyro.cli(
             type(default), default=default, args=arguments, description=description, prog=prog
@@ -194,9 +187,7 @@ def flag_value(arguments: list[str], name: str, default: str) -> str:
 
 
 def where_from(config, default, layers: dict[str, Collection[str]]) -> dict[str, str]:
-    """{setting: where its value came from}: "flag", else the first layer that has it, else
-    "default".
-    """
+    """{setting: where its value came from}: "flag", a layer that has it, or "default"."""
     origin = {}
     for field in fields(config):
         labels = (label for label, names in layers.items() if field.name in names)

@@ -113,9 +113,7 @@ class Source:
 
 
 def embedded_rows(name: str, seed: int, held_out: int) -> Iterator[dict]:
-    """Rows of a generator: its training rows, or so many held-out ones, which are always the
-    same.
-    """
+    """Rows of a generator: its training rows, or some held-out ones, always the same."""
     place = ("val", held_out, 0) if held_out else ("train", EMBEDDED[name], seed)
     if name == "embedded/instruct":
         return instruct_rows(*place)
@@ -187,8 +185,7 @@ def is_message(message) -> bool:
 def encode_conversations(
     tokenizer: Tokenizer, conversations: Sequence[list[dict]], max_length: int
 ) -> list[Example]:
-    """Conversations in ids; the loss mask is on exactly the assistant's words and the EOS after
-    them, in every turn.
+    """Conversations in ids; the loss mask is on the assistant's words and the EOS after them.
 
     What the assistant says is encoded apart from what stands before it, as when a model writes it.
     So an answer that begins with a line break does not change the header's last id, as it does when
@@ -303,8 +300,7 @@ VERIFIERS: dict[str, Callable[[str, str], bool]] = {
 def read_prompts(
     source: Source, tokenizer: Tokenizer, prompt_length: int = 10**9, shots: int = 0
 ) -> list[Prompt]:
-    """The prompts of at most `prompt_length` tokens. A last message of the assistant is not shown
-    to the model.
+    """The prompts of at most `prompt_length` tokens, without a last message of the assistant.
 
     shots: worked examples before each of GSM8K's own rows, see `with_worked_examples`. Raises
     UserError.
@@ -348,9 +344,7 @@ def parse_prompt(tokenizer: Tokenizer, row: dict) -> Prompt:
 
 
 def check_label(verifier: str, label) -> None:
-    """Raise UserError for a verifier that is none, or a label that it cannot check: now, not in
-    the middle of a run.
-    """
+    """Raise UserError for an unknown verifier or a label that it cannot check, before all work."""
     if verifier not in VERIFIERS:
         raise UserError(
             f'"dataset" names the verifier {verifier!r}{did_you_mean(verifier, VERIFIERS)}: '
@@ -370,8 +364,7 @@ def check_label(verifier: str, label) -> None:
 
 
 def with_worked_examples(rows: list[Row], shots: int) -> list[Row]:
-    """GSM8K's own rows as RLVR rows: one user turn with the first `shots` rows of their file as
-    worked examples.
+    """GSM8K's own rows as RLVR rows, with the first rows of their file as worked examples.
 
     The release's prompts have eight (open-instruct create_ground_truth_data.py). The examples are
     not asked. All other rows stay what they are.
@@ -394,9 +387,7 @@ def is_gsm8k(row: dict) -> bool:
 
 
 def gsm8k_prompts(rows: list[Row], shots: int) -> list[Row]:
-    """The rows of one file after the first `shots`, which become the examples before each
-    question.
-    """
+    """The rows of one file after the first `shots`, which become the examples before each."""
     examples = ""
     for _, row in rows[:shots]:
         answer = worked_answer(row["answer"])
