@@ -19,14 +19,14 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from eval import print_table
+from eval import print_table, table_row
 from infra.checkpoint import list_states
 from infra.distributed import run_cli, shutdown_distributed
 from infra.files import UserError, read_json
 from infra.metrics import rows_of
 from infra.run import open_run, settings_of_run
 from infra.settings import parse_flags, silence_other_ranks
-from model import SIZES
+from model import check_size
 from pretrain import check, default_settings, lr_at, read_size, refuse_plan, train
 from recipes import (
     ANNEAL_LR,
@@ -36,9 +36,9 @@ from recipes import (
     LAPTOP_MIX,
     PRETRAIN,
     RELEASED,
+    AnnealSettings as Config,
     PretrainSettings,
 )
-from recipes import AnnealSettings as Config
 
 # ------------------------------------------------------------------------------------------
 # What stage 2 changes
@@ -145,10 +145,7 @@ def stage1_settings(run: Path, size: str) -> PretrainSettings:
     names = PretrainSettings.__dataclass_fields__
     stored = {name: v for name, v in settings_of_run(run).items() if name in names}
     settings = PretrainSettings(**stored)
-    if settings.size not in list(SIZES):
-        raise UserError(
-            f"{run}/run.json has an unknown size, {settings.size!r}: sizes are {', '.join(SIZES)}"
-        )
+    check_size(str(settings.size), f"{run}/run.json: ")
     return settings
 
 
@@ -216,8 +213,9 @@ def resolve_runs(
         sources = [part.split("/")[-1].replace("=", "") for part in asked.mix]
         out = asked.out or f"runs/{size}/micro-{'-'.join(sources)}"
         return [resolve_settings(arguments, stage1, 1, out)]
-    last = len(ingredients_of(size))
-    numbers = [asked.ingredient] if asked.ingredient else range(1, last + 1)
+    numbers = range(1, len(ingredients_of(size)) + 1)
+    if asked.ingredient:
+        numbers = [asked.ingredient]
     return [resolve_settings(arguments, stage1, k) for k in numbers]
 
 
@@ -274,20 +272,16 @@ def differences(stage1: Stage1, c: Config) -> list[tuple[str, str, str]]:
     new_moments = "carried over" if c.moments else "from zero, by --fresh-optimizer"
     stopped = f"stopped at {stage1.tokens:,} tokens"
     lr = f"peak {s.lr:g}, {stage1.lr:.4e} where it stopped"
+    names = {ANNEAL_LR.get(c.size): ", the published start", stage1.lr: " at the start"}
+    new_lr = f"{c.lr:.4e}{names.get(c.lr, ', by --lr')}"
     rows = [
         ("weights", weights, c.init),
         ("Adam's moments", moments, new_moments),
         ("step, tokens, order", stopped, "from zero"),
-        ("learning rate", lr, describe_lr(stage1, c)),
+        ("learning rate", lr, new_lr),
         ("data", show(s.mix or s.data) or "embedded corpus", show(c.mix or c.data)),
     ]
     return rows + changed(s, c, {"init", "moments", "lr", "data", "mix", "out"})
-
-
-def describe_lr(stage1: Stage1, c: Config) -> str:
-    """The rate at the start, and where it comes from."""
-    names = {ANNEAL_LR.get(c.size): ", the published start", stage1.lr: " at the start"}
-    return f"{c.lr:.4e}{names.get(c.lr, ', by --lr')}"
 
 
 def changed(old: PretrainSettings, new: Config, leave_out: set[str]) -> list[tuple[str, str, str]]:
@@ -324,8 +318,8 @@ def print_scores(stage1: Stage1, runs: list[Path]) -> None:
         for row in rows_of(run, "questions"):
             right = row["accuracy"]
         name = f"{run}, {evals[-1]['tokens']:,} tokens" if micro else str(run)
-        table[start] |= columns(evals[0]["bpb"], stage1.accuracy)
-        table[name] = columns(evals[-1]["bpb"], right)
+        table[start] |= table_row(evals[0]["bpb"], stage1.accuracy)
+        table[name] = table_row(evals[-1]["bpb"], right)
     if micro:
         for row in table.values():
             row.pop("mix bpb", None)  # each has a mix of its own
@@ -341,12 +335,6 @@ def how_scored(run: Path) -> list:
     """The settings that must be equal where scores are compared."""
     settings = settings_of_run(run)
     return [settings[name] for name in ("init", "val_tokens", "questions", "val")]
-
-
-def columns(bpb: dict[str, float], accuracy: dict[str, float]) -> dict[str, float]:
-    """A row of the table."""
-    row = {f"{source} bpb": value for source, value in bpb.items()}
-    return row | {f"{task} %": value for task, value in accuracy.items()}
 
 
 # ------------------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ Letters of shapes: T tokens of an instance, N instances.
 
 import base64
 import collections
-import contextlib
 import functools
 import hashlib
 import itertools
@@ -30,8 +29,8 @@ import json
 import os
 import random
 import re
-import shutil
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,12 +44,12 @@ from infra.files import (
     UserError,
     did_you_mean,
     is_plain_name,
-    make_folder,
     open_text,
     parse_object,
     read_json,
     replace_folder,
     sha256,
+    temporary_folder,
     write_json,
 )
 from tasks.synthetic import SOURCES, VERSION_SOURCE, embedded_documents
@@ -322,9 +321,10 @@ class TokenData:
         """
         batches = len(self) // rows
         if batches == 0:
+            smaller = f"--batch {len(self)}" if len(self) else "a smaller --seq-len"
             raise UserError(
                 f"{len(self)} instances of {self.seq_len} tokens are fewer than one batch of "
-                f"{rows}: give more data, a smaller --batch or a smaller --seq-len"
+                f"{rows}: give more data, or {smaller}"
             )
         epoch, batch = divmod(step, batches)
         return self._order(seed, first_epoch + epoch)[batch * rows : (batch + 1) * rows]
@@ -428,7 +428,7 @@ def embedded_corpus(tokenizer: Tokenizer, out: Path = Path("tokens"), stage: int
     version = hashlib.sha256(parts).hexdigest()[:12]
     if has_version(folder, version):
         return folder
-    with temporary_folder(folder) as tmp:
+    with temporary_folder(tmp_beside(folder)) as tmp:
         counts = {}
         digest = hashlib.sha256()
         for split in ("train", "val"):
@@ -452,14 +452,9 @@ def embedded_corpus(tokenizer: Tokenizer, out: Path = Path("tokens"), stage: int
     return folder
 
 
-@contextlib.contextmanager
-def temporary_folder(final: Path) -> Iterator[Path]:
-    """An empty folder beside `final`, to be renamed to it; removed if it was not."""
-    tmp = make_folder(final.with_name(f".{final.name}-{os.getpid()}"))
-    try:
-        yield tmp
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+def tmp_beside(folder: Path) -> Path:
+    """Where this process makes a folder that is to be renamed to `folder`."""
+    return folder.with_name(f".{folder.name}-{os.getpid()}")
 
 
 def has_version(folder: Path, version: str) -> bool:
@@ -474,8 +469,7 @@ def remake_vocab(path: Path, size: int = 1000) -> None:
     Hugging Face's `tokenizers` library trains it. Raises UserError where it is not installed.
     """
     try:
-        from tokenizers import Regex, models, pre_tokenizers, trainers
-        from tokenizers import Tokenizer as Learner
+        from tokenizers import Regex, Tokenizer as Learner, models, pre_tokenizers, trainers
     except ImportError:
         raise UserError(
             "remaking the vocabulary needs the tokenizers library: pip install tokenizers"
@@ -534,18 +528,15 @@ def tokenize_paths(config: Config, tokenizer: Tokenizer) -> Path:
     files = find_texts(config.paths)
     folder = new_folder(config)
     totals = {}
-    try:
-        size = sum(path.stat().st_size for path in files)
-        with temporary_folder(folder) as tmp:
-            for split in ("train", "val"):
-                with tqdm(total=size, desc=split, unit="B", unit_scale=True) as bar:
-                    texts = read_split(files, split, config.val_fraction, bar)
-                    totals[split] = write_tokens(texts, tmp / split, folder.name, tokenizer)
-            if not totals["train"]["tokens"]:
-                raise UserError(f"{', '.join(map(str, config.paths))}: no text to train on")
-            tmp.rename(folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}") from None
+    size = sum(path.stat().st_size for path in files)
+    with temporary_folder(tmp_beside(folder)) as tmp:
+        for split in ("train", "val"):
+            with tqdm(total=size, desc=split, unit="B", unit_scale=True) as bar:
+                texts = read_split(files, split, config.val_fraction, bar)
+                totals[split] = write_tokens(texts, tmp / split, folder.name, tokenizer)
+        if not totals["train"]["tokens"]:
+            raise UserError(f"{', '.join(map(str, config.paths))}: no text to train on")
+        tmp.rename(folder)
     return folder
 
 
@@ -610,7 +601,7 @@ def read_documents(path: Path, val_fraction: float, bar: tqdm) -> Iterator[tuple
                     )
                 if text.strip():
                     yield "val" if unit_hash(text) < val_fraction else "train", text
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{path} is damaged: {error}") from None
 
 

@@ -15,8 +15,8 @@ import functools
 import itertools
 import json
 import math
-import operator
 import random
+from collections import ChainMap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -183,9 +183,8 @@ def train_dpo(c: DPOSettings, run: Run) -> None:
     model = load_model(c, c.init, run, longest=c.max_length)
     optimizer = make_optimizer(model, c)
     score = functools.partial(dpo_scores, model, c.normalize)
-    reference = score_pairs(
-        model, pairs, c, score
-    )  # [2, pairs]: now, a state may replace the weights
+    # [2, pairs]: now, a state may replace the weights
+    reference = score_pairs(model, pairs, c, score)
     reference_val = score_pairs(model, val, c, score)
     begin_stage(c, run, what_is_trained(model, optimizer, tokenizer), pairs, c.batch, steps)
 
@@ -310,8 +309,9 @@ def read_pairs(
     source: Source, c: RewardModelSettings, tokenizer: Tokenizer
 ) -> list[tuple[Example, ...]]:
     """Chosen and rejected conversations, on every rank. Raises UserError."""
-    keys = ("chosen", "rejected")
-    return run_on_all_ranks(read_examples, source, keys, tokenizer, c.max_length, c.drop)
+    return run_on_all_ranks(
+        read_examples, source, ("chosen", "rejected"), tokenizer, c.max_length, c.drop
+    )
 
 
 def score_pairs(model: OLMo2, pairs: Pairs, c: StageSettings, score) -> Tensor:
@@ -338,8 +338,14 @@ def log_pairs(
 ) -> None:
     """Log a step: means over its pairs, and the margin between the rewards."""
     margin = sums["chosen_reward"] - sums["rejected_reward"]
-    is_bad = not math.isfinite(grad_norm)
-    run.log(n_tokens, skipped=is_bad, **sums, margin=margin, lr=lr, grad_norm=grad_norm)
+    run.log(
+        n_tokens,
+        skipped=not math.isfinite(grad_norm),
+        **sums,
+        margin=margin,
+        lr=lr,
+        grad_norm=grad_norm,
+    )
 
 
 def pair_columns(loss: Tensor, chosen: Tensor, rejected: Tensor) -> dict[str, float]:
@@ -369,22 +375,29 @@ def make_preference_pairs(c: PrefsSettings, run: Run) -> None:
     judge = load_judge(c, run, longest) if c.judge else None
     weights = [checksum(dict(m.named_parameters())) for m in (model, judge) if m]
     prompts = list(itertools.chain.from_iterable(splits.values()))
-    data = {"stage": "prefs", "hash": fingerprint(prompts), "files": list(c.data)}
-    run.enter(data | {"rows": len(splits["train"])}, start="-".join(weights))
+    data = {
+        "stage": "prefs",
+        "hash": fingerprint(prompts),
+        "files": list(c.data),
+        "rows": len(splits["train"]),
+    }
+    run.enter(data, start="-".join(weights))
 
     parts = list_parts(run.folder, splits, c.prompts)
     merged = {split: run.folder / f"{split}.jsonl" for split in splits}
     run.begin(all_gather_objects(count_done(merged, parts))[0])
     maker = PairMaker(c, run, model, judge, tokenizer)
-    print(f"run       {run.folder}{', going on' if run.step else ''}")
     print(
-        f"model     {c.init}: {c.samples} answers to each of {len(prompts):,} prompts", flush=True
+        f"run       {run.folder}{', going on' if run.step else ''}\n"
+        f"model     {c.init}: {c.samples} answers to each of {len(prompts):,} prompts",
+        flush=True,
     )
     for step in run.steps(len(parts)):
-        rows = maker.build_pairs(parts[step].prompts, step)
-        on_rank_zero(parts[step].write, rows)
+        part = parts[step]
+        rows = maker.build_pairs(part.prompts, step)
+        on_rank_zero(part.write, rows)
         run.all_sum()  # no sums, but news of signals
-        run.log(0, skipped=False, pairs=len(rows) / len(parts[step].prompts))
+        run.log(0, skipped=False, pairs=len(rows) / len(part.prompts))
     run.exit_if_stopped()
     on_rank_zero(merge_parts, merged, parts)
     if not (run.folder / "train.jsonl").stat().st_size:
@@ -400,8 +413,7 @@ def read_splits(c: PrefsSettings, tokenizer: Tokenizer) -> dict[str, list[Prompt
     """split -> prompts, on every rank: whole steps of --data, --questions of --val."""
     limits = (tokenizer, c.prompt_length, c.shots)
     train = run_on_all_ranks(read_prompts, Source(c.data, c.seed), *limits)
-    steps = c.steps or math.ceil(len(train) / c.prompts)
-    steps = max(1, round(c.share * steps))
+    steps = max(1, round(c.share * (c.steps or math.ceil(len(train) / c.prompts))))
     splits = {"train": train[: steps * c.prompts]}
     if c.val:
         splits["val"] = run_on_all_ranks(read_prompts, held_out_rows(c, c.val), *limits)
@@ -430,11 +442,11 @@ class Part:
 
     def write(self, rows: list[dict]) -> None:
         """Write the rows of the pairs, atomically."""
-        lines = []
+        text = ""
         for i, row in enumerate(rows, self.start):
             row = {"id": f"{self.split}-{i}", **row}
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-        write_text(self.path, "".join(lines))
+            text += json.dumps(row, ensure_ascii=False) + "\n"
+        write_text(self.path, text)
 
 
 def list_parts(folder: Path, splits: dict[str, list[Prompt]], size: int) -> list[Part]:
@@ -494,16 +506,14 @@ class PairMaker:
             c.response_length,
         )
         scores = self.score(completions)
-        rows = []
+        rows = {}  # by place
         for i, (place, n) in enumerate(zip(places, mine)):
             group = slice(i * c.samples, (i + 1) * c.samples)
             pair = choose_pair(scores[group], random.Random(sampling_seed(c.seed, step, n)))
             if pair and place < len(asked):  # what fills up the last ranks is not counted twice
-                row = pair_row(asked[n], completions[group], scores[group], pair, c.init)
-                rows.append((n, row))
-        parts = all_gather_objects(rows)
-        numbered = sorted(itertools.chain.from_iterable(parts), key=operator.itemgetter(0))
-        return [row for _, row in numbered]
+                rows[n] = pair_row(asked[n], completions[group], scores[group], pair, c.init)
+        of_all_ranks = ChainMap(*all_gather_objects(rows))
+        return [of_all_ranks[n] for n in sorted(of_all_ranks)]
 
     def score(self, completions: list[Completion]) -> list[float]:
         """Of each answer: its verifier's verdict, or the reward model's at its last token."""

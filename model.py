@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 import decode
 from infra.checkpoint import find_weights, load_tensors, write_weights
 from infra.distributed import local_part, run_cli
-from infra.files import UserError, read_json, write_json
+from infra.files import UserError, did_you_mean, read_json, write_json
 
 # ------------------------------------------------------------------------------------------
 # Sizes
@@ -64,9 +64,10 @@ class ModelConfig:
     embed_std: float = 0.02  # std of the input embedding under init=olmo2
 
     def __post_init__(self):
-        for name in ("layers", "d_model", "heads", "kv_heads", "ffn", "vocab", "context"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} must be positive, not {getattr(self, name)}")
+        names = ("layers", "d_model", "heads", "kv_heads", "ffn", "vocab", "context")
+        wrong = [f"{name} {getattr(self, name)}" for name in names if getattr(self, name) <= 0]
+        if wrong:
+            raise UserError(f"{', '.join(wrong)} must be positive")
         if self.d_model % (2 * self.heads):
             raise UserError(
                 f"d_model {self.d_model} must be an even multiple of heads {self.heads}"
@@ -125,6 +126,16 @@ SIZES: dict[str, ModelConfig] = {
     "32B": ModelConfig(layers=64, d_model=5120, heads=40, kv_heads=8, ffn=27_648),
 }
 # fmt: on
+
+
+def check_size(size: str, where: str = "") -> str:
+    """The size, if there is such a one. Raises UserError; `where` it stood begins the message."""
+    if size not in SIZES:
+        raise UserError(
+            f"{where}unknown size {size!r}{did_you_mean(size, SIZES, cutoff=0.3)} "
+            f"(sizes are {', '.join(SIZES)})"
+        )
+    return size
 
 
 # ------------------------------------------------------------------------------------------

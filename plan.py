@@ -92,47 +92,46 @@ class OpCounter(TorchDispatchMode):
         if DTensor in types:
             return NotImplemented  # it comes again, for this rank's shard
         kwargs = kwargs or {}
+        phase = self.phase
         out = func(*args, **kwargs)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
-                kind = "activations" if self.phase == "forward" else "temporaries"
+                kind = "activations" if phase == "forward" else "temporaries"
                 self.kind_of.setdefault(leaf.untyped_storage(), [kind])
         self.count(func, args, kwargs, out)
         # FSDP frees a gathered weight by resizing its storage, unseen here: sum it all anew.
         total = sum(storage.nbytes() for storage in self.kind_of)
-        if total > self.peak[self.phase]:
-            alive = [(kind, storage.nbytes()) for storage, kind in self.kind_of.items()]
-            self.peak[self.phase] = total
-            self.alive[self.phase] = alive
+        if total > self.peak[phase]:
+            self.peak[phase] = total
+            self.alive[phase] = [(kind, s.nbytes()) for s, kind in self.kind_of.items()]
         return out
 
     def count(self, func, args: tuple, kwargs: dict, out) -> None:
         """Count the bytes that this GPU sends (in a ring, all but one part), or the FLOPs."""
-        name = func._schema.name
-        if name == "c10d::_allgather_base_":
-            self.mark("gathered weights", args[0])
-            self.counts["all-gather"] += args[0].nbytes - args[1].nbytes
-        elif name == "fsdp::split_with_sizes_copy":  # what was gathered becomes weights
-            self.mark("gathered weights", kwargs["out"])
-        elif name == "fsdp::chunk_cat":  # a block's gradients become one buffer, in fp32
-            self.mark("gradients in flight", (args[0], kwargs["out"]))
-        elif name == "c10d::_reduce_scatter_base_":
-            self.mark("gradients", args[0])
-            self.counts["reduce-scatter"] += args[1].nbytes - args[0].nbytes
-        elif name == "c10d::allreduce_":
-            ranks = distributed.ProcessGroup.unbox(args[1]).size()
-            for tensor in args[0]:
-                self.counts["all-reduce"] += 2 * tensor.nbytes * (ranks - 1) / ranks
-        elif func._overloadpacket in flop_registry:
-            flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
-            self.counts["FLOPs"] += flops
-        elif "scaled_dot_product" in name:
-            # The CPU's kernel is not in the registry: 2 products forward, 4 backward, of 2 FLOPs
-            # per entry of T x T x K, of which causal attention does half.
-            backward = "backward" in name
-            q = args[1] if backward else args[0]
-            products = 4 if backward else 2
-            self.counts["FLOPs"] += products * q.numel() * q.shape[-2]
+        match func._schema.name:
+            case "c10d::_allgather_base_":
+                self.mark("gathered weights", args[0])
+                self.counts["all-gather"] += args[0].nbytes - args[1].nbytes
+            case "fsdp::split_with_sizes_copy":  # what was gathered becomes weights
+                self.mark("gathered weights", kwargs["out"])
+            case "fsdp::chunk_cat":  # a block's gradients become one buffer, in fp32
+                self.mark("gradients in flight", (args[0], kwargs["out"]))
+            case "c10d::_reduce_scatter_base_":
+                self.mark("gradients", args[0])
+                self.counts["reduce-scatter"] += args[1].nbytes - args[0].nbytes
+            case "c10d::allreduce_":
+                ranks = distributed.ProcessGroup.unbox(args[1]).size()
+                sent = sum(tensor.nbytes for tensor in args[0])
+                self.counts["all-reduce"] += 2 * sent * (ranks - 1) / ranks
+            case _ if func._overloadpacket in flop_registry:
+                flops = flop_registry[func._overloadpacket]
+                self.counts["FLOPs"] += flops(*args, **kwargs, out_val=out)
+            case name if "scaled_dot_product" in name:
+                # The CPU's kernel is not in the registry: 2 products forward, 4 backward, of 2
+                # FLOPs per entry of T x T x K, of which causal attention does half.
+                products = 4 if "backward" in name else 2
+                q = args[0]  # backward: the gradient of the output, of the same shape
+                self.counts["FLOPs"] += products * q.numel() * q.shape[-2]
 
 
 def count_micro_step(
@@ -148,9 +147,9 @@ def count_micro_step(
     with torch.device("meta"):
         model = OLMo2(shape)
     # Before the mode: FSDP cuts each weight in as many views as there are ranks.
-    eager = replace(c, compile=False)  # compilation does nothing here: see `compiled_bytes`
     mesh = make_mesh(c.shard, torch.device("cpu"))
-    shard_model(model, model.model.layers, eager, mesh, bf16=True)
+    # Compilation does nothing here: see `compiled_bytes`.
+    shard_model(model, model.model.layers, replace(c, compile=False), mesh, bf16=True)
     with FakeTensorMode(allow_non_fake_inputs=True), OpCounter() as counter:
         model.to_empty(device="cpu")
         parameters = list(model.parameters())
@@ -184,7 +183,7 @@ def interpolate(a: Counter, b: Counter, share: float) -> Counter:
     >>> interpolate(Counter(x=10), Counter(x=20), 3)
     Counter({'x': 40})
     """
-    return Counter({key: a[key] * (1 - share) + b[key] * share for key in a.keys() | b.keys()})
+    return Counter({key: a[key] * (1 - share) + b[key] * share for key in {**a, **b}})
 
 
 class Plan:
@@ -211,8 +210,9 @@ class Plan:
         try:
             for depth in (self.depth, self.depth + self.period):
                 small = replace(shape, layers=depth)
-                pair = [count_micro_step(small, c, self.layout, times) for times in (1, 2)]
-                self.counted.append(pair)
+                self.counted.append(
+                    [count_micro_step(small, c, self.layout, times) for times in (1, 2)]
+                )
         finally:
             distributed.destroy_process_group()
             ChunkedLoss.CHUNK["cpu"] = chunk
@@ -225,26 +225,23 @@ class Plan:
 
     def memory(self, rows: int, compiled: bool) -> Counter:
         """Bytes by kind at the peak, with micro-batches of `rows`."""
-        whole = self.at(self.shape.layers, rows)
-        no_blocks = self.at(0, rows)
+        counts = self.at(self.shape.layers, rows)
         phases = []
         for phase in ("forward", "backward"):
-            kinds = Counter({kind: whole[phase, kind] for kind in KINDS})
+            kinds = Counter({kind: counts[phase, kind] for kind in KINDS})
             if compiled:
-                blocks = rows * compiled_bytes(self.shape, self.c)
-                kinds["activations"] = no_blocks[phase, "activations"] + blocks
+                outside_blocks = self.at(0, rows)[phase, "activations"]
+                kinds["activations"] = outside_blocks + rows * compiled_bytes(self.shape, self.c)
             phases.append(kinds)
         return max(phases, key=Counter.total)
 
     def largest_micro_batch(self) -> int:
         """The largest micro-batch whose memory fits; 0 if none does."""
-        largest = 0
-        for rows in range(1, self.layout.rows + 1):
-            if self.layout.rows % rows == 0:
-                memory = self.memory(rows, self.c.compile).total()
-                if memory <= USABLE * self.c.gpu_memory * GIB:
-                    largest = rows
-        return largest
+        whole = self.layout.rows
+        divisors = [rows for rows in range(1, whole + 1) if whole % rows == 0]
+        usable = USABLE * self.c.gpu_memory * GIB
+        fit = [rows for rows in divisors if self.memory(rows, self.c.compile).total() <= usable]
+        return max(fit, default=0)
 
     def step(self) -> Counter:
         """FLOPs (recomputation included) and bytes sent, by collective, of an optimizer step."""
@@ -316,7 +313,7 @@ def report_memory(plan: Plan) -> None:
     rows = plan.layout.micro_batch
     memory = plan.memory(rows, c.compile)
     peak = memory.total() / GIB
-    eager = plan.memory(rows, False).total() / GIB
+    eager = plan.memory(rows, compiled=False).total() / GIB
     warning = ": DOES NOT FIT" if peak > USABLE * c.gpu_memory else ""
     print(
         f"memory    {peak:.1f} GiB per GPU at the peak{warning} "
@@ -325,13 +322,15 @@ def report_memory(plan: Plan) -> None:
     for kind, size in memory.items():
         print(f"          {kind:20}{size / GIB:8.2f} GiB")
     largest = plan.largest_micro_batch()
-    within = f"{USABLE:.0%} of {c.gpu_memory:g} GiB"
-    print(f"fits      largest micro-batch within {within}: {largest} instances")
+    print(
+        f"fits      largest micro-batch within {USABLE:.0%} of {c.gpu_memory:g} GiB: "
+        f"{largest} instances"
+    )
     if not largest:
-        least = dict(micro_batch=1, recompute=1.0, recompute_part="block", reshard=True, shard=0)
-        thrifty = Plan(plan.shape, replace(c, **least)).memory(1, c.compile).total() / GIB
         flags = "--micro-batch 1 --recompute 1 --recompute-part block --reshard --shard 0"
-        print(f"          {flags} takes {thrifty:.1f} GiB")
+        thrifty = parse_flags(c, flags.split(), __doc__)
+        least = Plan(plan.shape, thrifty).memory(1, c.compile).total() / GIB
+        print(f"          {flags} takes {least:.1f} GiB")
 
 
 def report_time(plan: Plan, step: Counter) -> None:
@@ -341,14 +340,16 @@ def report_time(plan: Plan, step: Counter) -> None:
     compute, communication = seconds_of(step)
     seconds = max(compute, communication)
     sent = ", ".join(f"{kind} {step[kind] / 1e9:,.1f} GB" for kind in COLLECTIVES)
-    print(f"sent      per GPU and step: {sent}")
     print(
+        f"sent      per GPU and step: {sent}\n"
         f"time      {seconds:.3g} s per step = max(compute {compute:.3g}, communication "
-        f"{communication:.3g})\n"
-        f"          compute = {step['FLOPs'] / 1e12:,.1f} TFLOP per GPU, recomputation included, / "
-        f"({EFFICIENCY} x {PEAK / 1e12:.0f} TFLOP/s)"
+        f"{communication:.3g})"
     )
-    print(f"          communication = {communication * BUS / 1e9:,.1f} GB / {BUS / 1e9:.0f} GB/s")
+    print(
+        f"          compute = {step['FLOPs'] / 1e12:,.1f} TFLOP per GPU, recomputation included, / "
+        f"({EFFICIENCY} x {PEAK / 1e12:.0f} TFLOP/s)\n"
+        f"          communication = {communication * BUS / 1e9:,.1f} GB / {BUS / 1e9:.0f} GB/s"
+    )
     speed = plan.layout.rows * c.seq_len / seconds
     useful = shape.flops_per_token(c.seq_len)
     causal = useful - 6 * shape.layers * shape.d_model * c.seq_len  # attention is half of that
@@ -357,10 +358,10 @@ def report_time(plan: Plan, step: Counter) -> None:
         f"full, {speed * causal / PEAK:.1%} causal"
     )
     if communication > compute:
-        most = speed * seconds / compute
+        most = plan.layout.rows * c.seq_len / compute
         print(f"          up to {most:,.0f} tokens/s/GPU if the network is faster than that")
     gpus, published = PUBLISHED.get(c.size, (0, 0))
-    if c == replace(default_settings(c.size), gpus=gpus):
+    if c == PlanSettings(size=c.size, gpus=gpus, **PRETRAIN[c.size]):
         off = speed / published - 1
         print(f"          published {published:,} tokens/s/GPU: the plan is {off:+.1%} off")
 
@@ -369,15 +370,11 @@ def report_time(plan: Plan, step: Counter) -> None:
 # The command line
 
 
-def default_settings(size: str) -> PlanSettings:
-    """Class and recipe: the settings of a size without any flag."""
-    return PlanSettings(size=size, **PRETRAIN[size])
-
-
 def read_settings(arguments: list[str] | None) -> PlanSettings:
     """The settings of a command line: class < recipe of --size < flags. Raises UserError."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    return parse_flags(default_settings(read_size(arguments)), arguments, __doc__)
+    size = read_size(arguments)
+    return parse_flags(PlanSettings(size=size, **PRETRAIN[size]), arguments, __doc__)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -25,14 +25,14 @@ from dpo import (
     DPOSettings,
     PrefsSettings,
     RewardModelSettings,
+    dpo_loss as dpo_loss,  # the objectives: names that people import from here
     make_preference_pairs,
+    reward_loss as reward_loss,
+    sequence_scores as sequence_scores,
     train_dpo,
     train_reward_model,
 )
-from dpo import dpo_loss as dpo_loss  # the objectives: names that people import from here
-from dpo import reward_loss as reward_loss
-from dpo import sequence_scores as sequence_scores
-from eval import print_table
+from eval import print_table, table_row
 from infra.checkpoint import find_weights
 from infra.distributed import (
     best_device,
@@ -63,13 +63,13 @@ from rlvr import (
     GRPOSettings,
     PPOSettings,
     RolloutSettings,
+    gae as gae,
+    grpo_advantages as grpo_advantages,
+    grpo_loss as grpo_loss,
+    ppo_losses as ppo_losses,
     train_grpo,
     train_ppo,
 )
-from rlvr import gae as gae
-from rlvr import grpo_advantages as grpo_advantages
-from rlvr import grpo_loss as grpo_loss
-from rlvr import ppo_losses as ppo_losses
 from sft import SFTSettings, StageSettings, score_completions, train_sft
 from tasks.conversations import Source, read_prompts
 
@@ -328,7 +328,9 @@ def report(c: RecipeSettings, folder: Path, models: list[str]) -> None:
     pretrained = Path(models[0]).parent / "pretrain"
     if (pretrained / "hf").exists() and Path(models[0]) != pretrained:
         models = [str(pretrained), *models]
-    models = models + other_rl(folder, models)
+    # Of the other --rl, if it has been run, too.
+    others = [str(run) for run in (*folder.glob("grpo-*"), *folder.glob("ppo-*"))]
+    models = models + [run for run in others if Path(run, "hf").exists() and run not in models]
     table = {path: measure(path, c) for path in models}
     if rank_and_world()[0] == 0:
         print_table(table)
@@ -337,30 +339,22 @@ def report(c: RecipeSettings, folder: Path, models: list[str]) -> None:
         print(f"drawn in {folder}/pipeline.png; talk to it: python sample.py {models[-1]}")
 
 
-def other_rl(folder: Path, models: list[str]) -> list[str]:
-    """The runs of RLVR in a folder that are not among the models: those of the other --rl."""
-    runs = [*folder.glob("grpo-*"), *folder.glob("ppo-*")]
-    return [str(run) for run in runs if (run / "hf").exists() and str(run) not in models]
-
-
 def measure(path: str, c: RecipeSettings) -> dict[str, float]:
     """A model's row: held-out bits per byte, and scores of greedy answers."""
     model = OLMo2.load(path, device=best_device(c.device))
     tokenizer = get_tokenizer(find_weights(path)[0])
-    sources = by_source(token_files([embedded_corpus(tokenizer)], "val"))
-    sources = {name: sources[name] for name in ("docs", "code")}
-    seq_len = min(256, model.config.context)
-    bpb = bits_per_byte_by_source(model, sources, seq_len, tokenizer)
+    held_out = by_source(token_files([embedded_corpus(tokenizer)], "val"))
+    sources = {name: held_out[name] for name in ("docs", "code")}
+    bpb = bits_per_byte_by_source(model, sources, min(256, model.config.context), tokenizer)
     questions = read_prompts(Source(LAPTOP_QUIZ, c.seed, held_out=c.questions), tokenizer)
-    columns = {f"{name} bpb": value for name, value in bpb.items()}
-    return columns | score_completions(model, tokenizer, questions, max_new_tokens=48)
+    return table_row(bpb, {}) | score_completions(model, tokenizer, questions, max_new_tokens=48)
 
 
 def plot_pipeline(path: Path, table: dict[str, dict[str, float]]) -> None:
     """Draw each column of the table, stage by stage."""
     stages = [Path(model).name for model in table]
     panels = []
-    for column in table[next(iter(table))]:
+    for column in next(iter(table.values())):
         values = [row[column] for row in table.values()]
         panels.append(Panel(column, [Curve(stages, values, style={"marker": "o"})]))
     plot_curves(path, panels)

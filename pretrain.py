@@ -42,9 +42,15 @@ from data import (
     mix_sources,
     token_files,
 )
-from eval import question_accuracy
-from infra import checkpoint
-from infra.checkpoint import Trained, find_weights, load_tensors, state_tensors
+from eval import ask_questions
+from infra.checkpoint import (
+    Trained,
+    find_weights,
+    load_state,
+    load_tensors,
+    state_tensors,
+    verify_state,
+)
 from infra.distributed import (
     all_gather_objects,
     all_reduce_when,
@@ -58,7 +64,7 @@ from infra.distributed import (
     shard_model,
     shutdown_distributed,
 )
-from infra.files import UserError, did_you_mean, sha256
+from infra.files import UserError, sha256
 from infra.metrics import plot_run, read_metrics, rows_of
 from infra.run import Run, open_run
 from infra.settings import (
@@ -69,9 +75,8 @@ from infra.settings import (
     where_from,
 )
 from likelihood import bits_per_byte_by_source, by_source
-from model import SIZES, ModelConfig, OLMo2, hf_config, read_config, write_config
-from recipes import PRETRAIN, RELEASED
-from recipes import PretrainSettings as Config
+from model import SIZES, ModelConfig, OLMo2, check_size, hf_config, read_config, write_config
+from recipes import PRETRAIN, RELEASED, PretrainSettings as Config
 from tasks.synthetic import SOURCES
 
 # ------------------------------------------------------------------------------------------
@@ -110,7 +115,7 @@ def train(c: Config, run: Run) -> None:
 
         # 2. gradient, a micro-batch at a time
         tokens, targets = read_batch(text.train, step, c, run)  # [B / ranks, T]
-        n_targets = count_targets(targets, run.device)  # of all ranks
+        n_targets = all_sum((targets != -100).sum().to(run.device)).clamp(min=1)  # of all ranks
         for x, y, is_last in micro_batches(tokens, targets, c.micro_batch, run.device):  # [b, T]
             all_reduce_when(is_last, model)
             ce_sum, z_sum, _ = model.loss(x, y, c.z_loss)
@@ -133,7 +138,7 @@ def train(c: Config, run: Run) -> None:
             run.save(skip_history=list(skip_step.history))
 
     if not run.stop:
-        ask_questions(c, run, model, tokenizer, text)
+        ask_at_the_end(c, run, model, tokenizer, text)
     finish(c, run, was_finished)
 
 
@@ -153,9 +158,8 @@ def lr_at(tokens: int, c: Config) -> float:
     if tokens >= c.horizon:  # 3
         return floor
     done = (tokens - c.warmup) / (c.horizon - c.warmup)  # 2
-    if c.schedule == "cosine":
-        return floor + (c.lr - floor) * ((1 + math.cos(math.pi * done)) / 2)
-    return floor + (c.lr - floor) * (1 - done)
+    above = (1 + math.cos(math.pi * done)) / 2 if c.schedule == "cosine" else 1 - done
+    return floor + (c.lr - floor) * above
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -164,17 +168,15 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def make_optimizer(model: nn.Module, c: Config) -> torch.optim.AdamW:
+def make_optimizer(model: OLMo2, c: Config) -> torch.optim.AdamW:
     """AdamW in OLMo 2's two groups: the input embedding does not decay, all the rest does.
 
     c: weight_decay, lr, beta1, beta2, eps. Source: paper section 3.3, Fig. 10.
     """
-    embedding, rest = [], []
-    for name, parameter in model.named_parameters():
-        group = embedding if "embed_tokens" in name else rest
-        group.append(parameter)
+    embedding = model.model.embed_tokens.weight
+    rest = [p for p in model.parameters() if p is not embedding]
     groups = [
-        {"params": embedding, "weight_decay": 0.0},
+        {"params": [embedding], "weight_decay": 0.0},
         {"params": rest, "weight_decay": c.weight_decay},
     ]
     betas = (c.beta1, c.beta2)
@@ -289,8 +291,9 @@ def describe(data: TokenData) -> dict:
 
 def read_batch(data: TokenData, step: int, c: Config, run: Run) -> tuple[Tensor, Tensor]:
     """This rank's rows of a step's batch: tokens and targets [B / ranks, T]."""
-    place = (c.first_epoch, run.rank, run.world)
-    tokens, targets = data.batch(step, c.batch, c.seed, *place, c.mask_repeats)
+    tokens, targets = data.batch(
+        step, c.batch, c.seed, c.first_epoch, run.rank, run.world, c.mask_repeats
+    )
     return torch.from_numpy(tokens), torch.from_numpy(targets)
 
 
@@ -300,19 +303,13 @@ def name_instances(data: TokenData, c: Config, step: int) -> str:
     return f"; instances {positions[:4].tolist()}…"
 
 
-def count_targets(targets: Tensor, device: torch.device) -> Tensor:
-    """Targets on all ranks together, at least 1."""
-    return all_sum((targets != -100).sum().to(device)).clamp(min=1)
-
-
 def micro_batches(
     tokens: Tensor, targets: Tensor, size: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor, bool]]:
     """(tokens [b, T], targets [b, T], is it the last) on the device, `size` rows at a time."""
-    for i in range(0, len(tokens), size):
-        x = tokens[i : i + size].to(device, non_blocking=True)
-        y = targets[i : i + size].to(device, non_blocking=True)
-        yield x, y, i + size >= len(tokens)
+    parts = list(zip(tokens.split(size), targets.split(size)))
+    for i, (x, y) in enumerate(parts, 1):
+        yield x.to(device, non_blocking=True), y.to(device, non_blocking=True), i == len(parts)
 
 
 # ------------------------------------------------------------------------------------------
@@ -373,12 +370,12 @@ def initialize(model: OLMo2, trained: Trained, tokenizer: Tokenizer, c: Config) 
     if not c.moments:
         load_tensors(weights, trained.tensors["model"])
         return
-    damage = checkpoint.verify_state(folder)
+    damage = verify_state(folder)
     if damage:
         raise UserError(
             f"{folder} is damaged ({damage}): start from another state", everywhere=True
         )
-    checkpoint.load_state(folder, trained)
+    load_state(folder, trained)
 
 
 def fingerprint_of_start(c: Config) -> str | None:
@@ -396,8 +393,8 @@ def what_is_trained(
         write_config(folder, model.config, torch.float32)
         tokenizer.save(folder)
 
-    tensors = state_tensors(model, optimizer)
-    return Trained(tensors, hf_config(model.config, torch.float32), describe_model)
+    config = hf_config(model.config, torch.float32)
+    return Trained(state_tensors(model, optimizer), config, describe_model)
 
 
 # ------------------------------------------------------------------------------------------
@@ -410,12 +407,14 @@ def announce(c: Config, run: Run, model: OLMo2, text: Text, steps: int) -> None:
     checked = self_check(c, data.hash, run.trained.tensors["model"], run.device)
     layout = batch_layout(c.batch, c.micro_batch, c.shard, run.world)
     total = model.config.parameters["total"]
-    print(f"run       {run.title()}")
     print(
+        f"run       {run.title()}\n"
         f"model     {c.size}: {total:,} parameters; {run.device}, {torch.get_num_threads()} threads"
     )
-    print(f"check     {checked}")
-    print(f"data      {data.hash}: seen {steps * c.batch / len(data):.2f} times in this run")
+    print(
+        f"check     {checked}\n"
+        f"data      {data.hash}: seen {steps * c.batch / len(data):.2f} times in this run"
+    )
     print(
         f"batch     {c.batch} x {c.seq_len} tokens ({run.world} ranks, {layout.shard} to each copy "
         f"of the weights, x {layout.rows // layout.micro_batch} x {layout.micro_batch} instances); "
@@ -443,17 +442,17 @@ def evaluate(c: Config, run: Run, model: OLMo2, tokenizer: Tokenizer, text: Text
         print(f"          sample: {sample!r}")
 
 
-def write_sample(model: OLMo2, tokenizer: Tokenizer, prompt: str, max_new_tokens: int = 60) -> str:
+def write_sample(model: OLMo2, tokenizer: Tokenizer, prompt: str) -> str:
     """A continuation of the prompt, with the prompt."""
     ids = tokenizer.encode(prompt) or [tokenizer.eos]
     # Without `eos`: ranks that disagreed about where to end would wait for each other for ever.
-    (tokens,), _ = model.generate([ids], max_new_tokens, temperature=0.7, top_p=0.95)
+    (tokens,), _ = model.generate([ids], 60, temperature=0.7, top_p=0.95)
     if tokenizer.eos in tokens:
         tokens = tokens[: tokens.index(tokenizer.eos)]
     return prompt + tokenizer.decode(tokens)
 
 
-def ask_questions(c: Config, run: Run, model: OLMo2, tokenizer: Tokenizer, text: Text) -> None:
+def ask_at_the_end(c: Config, run: Run, model: OLMo2, tokenizer: Tokenizer, text: Text) -> None:
     """Ask held-out questions, at the end, once, of a model that has seen the embedded corpus."""
     of_corpus = text.shares.keys() & SOURCES.keys() if c.mix else not c.data
     if not (of_corpus and c.questions):
@@ -461,10 +460,8 @@ def ask_questions(c: Config, run: Run, model: OLMo2, tokenizer: Tokenizer, text:
     asked = [row["step"] for row in rows_of(run.folder, "questions")]
     if all_gather_objects(run.step in asked)[0]:
         return
-    right = {}
     with inference(model):
-        for task in ("math", "qa"):
-            right[task] = 100 * question_accuracy(model, tokenizer, task, c.questions)
+        right = ask_questions(model, tokenizer, c.questions)
     run.record("questions", accuracy=right, questions=c.questions)
 
 
@@ -515,11 +512,7 @@ def default_settings(size: str) -> Config:
 
 def read_size(arguments: list[str]) -> str:
     """The --size of a command line, known before all else: it picks the recipe."""
-    size = flag_value(arguments, "size", "tiny")
-    if size not in SIZES:
-        hint = did_you_mean(size, SIZES, cutoff=0.3)
-        raise UserError(f"unknown size {size!r}{hint} (sizes are {', '.join(SIZES)})")
-    return size
+    return check_size(flag_value(arguments, "size", "tiny"))
 
 
 def refuse_plan(arguments: list[str]) -> None:

@@ -72,7 +72,7 @@ class PretrainSettings(RunSettings):
     # how the rate falls after the warm-up
     schedule: Literal["cosine", "linear"] = "cosine"
     # tokens at which it would reach its floor; may lie beyond the end of the run
-    horizon: Positive = 5 * 10**12
+    horizon: Positive = 5_000_000_000_000
     # the floor, as a share of lr
     lr_floor: BelowOne = 0.1
     # of AdamW: share of the old mean of gradients that a step keeps
@@ -130,6 +130,12 @@ class PretrainSettings(RunSettings):
 
 RELEASED = ("1B", "7B", "13B", "32B")
 
+# Ours, for 14M to 760M, after OLMo's ladder (scripts/ladder.py): besides, lr = 4.7e-3
+# (N / 108M)^(-1/3), and 20 tokens per parameter.
+LADDER = dict(
+    seq_len=1024, batch=128, micro_batch=8, skip_sigma=6.0, save_every=500, keep=3, eval_every=500
+)
+
 # The formatter would give each value a line of its own.
 # fmt: off
 PRETRAIN: dict[str, dict] = {
@@ -138,32 +144,18 @@ PRETRAIN: dict[str, dict] = {
         tokenizer="laptop", seq_len=128, batch=8, micro_batch=8, tokens=2500 * 1024,
         lr=1e-2, warmup=50 * 1024, horizon=3125 * 1024, skip_sigma=6.0,
         save_every=625, keep=3, eval_every=625, log_every=50),
-    # Ours, after OLMo's ladder (scripts/ladder.py): lr = 4.7e-3 (N / 108M)^(-1/3), 20 tokens per
-    # parameter.
     "14M": dict(
-        seq_len=1024, batch=128, micro_batch=8, tokens=280_000_000,
-        lr=0.00929, warmup=14_000_000, horizon=350_000_000, skip_sigma=6.0,
-        save_every=500, keep=3, eval_every=500),
+        LADDER, tokens=280_000_000, lr=0.00929, warmup=14_000_000, horizon=350_000_000),
     "30M": dict(
-        seq_len=1024, batch=128, micro_batch=8, tokens=600_000_000,
-        lr=0.0072, warmup=30_000_000, horizon=750_000_000, skip_sigma=6.0,
-        save_every=500, keep=3, eval_every=500),
+        LADDER, tokens=600_000_000, lr=0.0072, warmup=30_000_000, horizon=750_000_000),
     "60M": dict(
-        seq_len=1024, batch=128, micro_batch=8, tokens=1_200_000_000,
-        lr=0.00572, warmup=60_000_000, horizon=1_500_000_000, skip_sigma=6.0,
-        save_every=500, keep=3, eval_every=500),
+        LADDER, tokens=1_200_000_000, lr=0.00572, warmup=60_000_000, horizon=1_500_000_000),
     "190M": dict(
-        seq_len=1024, batch=128, micro_batch=8, tokens=3_800_000_000,
-        lr=0.00389, warmup=190_000_000, horizon=4_750_000_000, skip_sigma=6.0,
-        save_every=500, keep=3, eval_every=500),
+        LADDER, tokens=3_800_000_000, lr=0.00389, warmup=190_000_000, horizon=4_750_000_000),
     "370M": dict(
-        seq_len=1024, batch=128, micro_batch=8, tokens=7_400_000_000,
-        lr=0.00312, warmup=370_000_000, horizon=9_250_000_000, skip_sigma=6.0,
-        save_every=500, keep=3, eval_every=500),
+        LADDER, tokens=7_400_000_000, lr=0.00312, warmup=370_000_000, horizon=9_250_000_000),
     "760M": dict(
-        seq_len=1024, batch=128, micro_batch=8, tokens=15_200_000_000,
-        lr=0.00245, warmup=760_000_000, horizon=19_000_000_000, skip_sigma=6.0,
-        save_every=500, keep=3, eval_every=500),
+        LADDER, tokens=15_200_000_000, lr=0.00245, warmup=760_000_000, horizon=19_000_000_000),
     # Released.
     "1B": dict(
         lr=4e-4, batch=512, micro_batch=4, tokens=1_907_359 * 512 * 4096,  # 4.0T
@@ -216,25 +208,25 @@ INGREDIENTS: dict[str, list[dict]] = {
         dict(seed=666, tokens=600 * 1024, horizon=600 * 1024),
     ],
     "1B": [
-        dict(seed=42_069, tokens=23_852 * 512 * 4096, horizon=50 * 10**9),
-        dict(seed=666, tokens=23_852 * 512 * 4096, horizon=50 * 10**9),
-        dict(seed=42, tokens=23_852 * 512 * 4096, horizon=50 * 10**9),
+        dict(seed=42_069, tokens=23_852 * 512 * 4096, horizon=50_000_000_000),
+        dict(seed=666, tokens=23_852 * 512 * 4096, horizon=50_000_000_000),
+        dict(seed=42, tokens=23_852 * 512 * 4096, horizon=50_000_000_000),
     ],
     "7B": [
-        dict(seed=42, tokens=11_931 * 1024 * 4096, horizon=50 * 10**9),
-        dict(seed=42_069, tokens=11_931 * 1024 * 4096, horizon=50 * 10**9),
-        dict(seed=666, tokens=11_931 * 1024 * 4096, horizon=50 * 10**9),
+        dict(seed=42, tokens=11_931 * 1024 * 4096, horizon=50_000_000_000),
+        dict(seed=42_069, tokens=11_931 * 1024 * 4096, horizon=50_000_000_000),
+        dict(seed=666, tokens=11_931 * 1024 * 4096, horizon=50_000_000_000),
     ],
     "13B": [
-        dict(seed=1110, tokens=11_931 * 2048 * 4096, horizon=100 * 10**9),
-        dict(seed=2662, tokens=11_931 * 2048 * 4096, horizon=100 * 10**9),
-        dict(seed=6209, tokens=11_931 * 2048 * 4096, horizon=100 * 10**9),
-        dict(seed=2662, tokens=35_773 * 2048 * 4096, horizon=300 * 10**9),
+        dict(seed=1110, tokens=11_931 * 2048 * 4096, horizon=100_000_000_000),
+        dict(seed=2662, tokens=11_931 * 2048 * 4096, horizon=100_000_000_000),
+        dict(seed=6209, tokens=11_931 * 2048 * 4096, horizon=100_000_000_000),
+        dict(seed=2662, tokens=35_773 * 2048 * 4096, horizon=300_000_000_000),
     ],
     "32B": [
-        dict(seed=1110, tokens=11_921 * 2048 * 4096, horizon=100 * 10**9),
-        dict(seed=2662, tokens=11_921 * 2048 * 4096, horizon=100 * 10**9),
-        dict(seed=2662, tokens=35_763 * 2048 * 4096, horizon=300 * 10**9),
+        dict(seed=1110, tokens=11_921 * 2048 * 4096, horizon=100_000_000_000),
+        dict(seed=2662, tokens=11_921 * 2048 * 4096, horizon=100_000_000_000),
+        dict(seed=2662, tokens=35_763 * 2048 * 4096, horizon=300_000_000_000),
     ],
 }
 # Ours, for 14M to 760M: the seeds of the 7B, each anneal a tenth of stage 1.

@@ -307,6 +307,7 @@ def train_grpo(c: GRPOSettings, run: Run) -> None:
     reference = load_model(c, c.init, run, longest)
     optimizer = make_optimizer(model, c)
     begin_stage(c, run, what_is_trained(model, optimizer, tokenizer), prompts, c.prompts, steps)
+    rows_per_part = c.prompts * c.samples // c.minibatches  # of a mini-batch, over all ranks
     if run.step == 0:
         record_eval(c, run, model, held_out, {})
 
@@ -333,7 +334,7 @@ def train_grpo(c: GRPOSettings, run: Run) -> None:
                     reference=pad_like(mask, ref_logprobs, rows),
                     advantages=advantages[rows].to(run.device),
                     weights=token_weights(
-                        mask, c.denominator, n_tokens, rows_per_part(c), c.response_length
+                        mask, c.denominator, n_tokens, rows_per_part, c.response_length
                     ),
                     clip=c.clip_range,
                     beta=c.beta,
@@ -366,7 +367,8 @@ def train_ppo(c: PPOSettings, run: Run) -> None:
     model = load_model(c, c.init, run, longest)
     reference = load_model(c, c.init, run, longest)
     value = load_model(c, c.value, run, longest, head="score")
-    optimizer, value_optimizer = make_optimizer(model, c), make_optimizer(value, c)
+    optimizer = make_optimizer(model, c)
+    value_optimizer = make_optimizer(value, c)
     trained = with_value_model(what_is_trained(model, optimizer, tokenizer), value, value_optimizer)
     begin_stage(c, run, trained, prompts, c.prompts, steps)
     if run.step == 0:
@@ -454,9 +456,8 @@ def estimate_advantages(
 class Rollouts:
     """What a rank has sampled in a step."""
 
-    parts: list[
-        list[int]
-    ]  # its rows by mini-batch; over all ranks they are the same at any world size
+    # its rows by mini-batch; over all ranks they are the same at any world size
+    parts: list[list[int]]
     examples: list[tuple[Example]]
     rewards: Tensor  # [rows], of which `samples` neighbours answer the same prompt
     old_logprobs: list[Tensor]  # of the targets [T], under the weights that have sampled
@@ -490,11 +491,8 @@ def sample_rollouts(
     forward computes them.
     """
     numbers = batch_indices(len(prompts), c.prompts, step, c.seed)
-    places = []  # of this rank's prompts in the step, by mini-batch
-    per_part = c.prompts // c.minibatches
-    for part in range(c.minibatches):
-        in_part = range(part * per_part, (part + 1) * per_part)
-        places += in_part[run.rank :: run.world]
+    # A mini-batch's prompts are a multiple of the ranks, so each rank has its share of each.
+    places = range(run.rank, c.prompts, run.world)  # of this rank's prompts in the step
     rows = list(itertools.product(places, range(c.samples)))
     completions = generate_completions(
         model,
@@ -508,16 +506,13 @@ def sample_rollouts(
     old_logprobs = [answer.log_probs for answer in completions]
     if run.device.type == "cuda":
         old_logprobs = score_log_probs(model, examples, c)
-    rewards = torch.tensor([reward_of(answer, c) for answer in completions])
+    rewards = torch.tensor(
+        [c.reward * answer.right if answer.ended else c.no_eos for answer in completions]
+    )
     n_tokens, stats = rollout_stats(completions, rewards, c)
     here = len(rows) // c.minibatches
     parts = [list(range(i, i + here)) for i in range(0, len(rows), here)]
     return Rollouts(parts, examples, rewards, old_logprobs, n_tokens, stats)
-
-
-def reward_of(answer: Completion, c: RolloutSettings) -> float:
-    """--reward for a right answer, --no-eos instead of anything else for one that does not end."""
-    return c.reward * answer.right if answer.ended else c.no_eos
 
 
 def rollout_stats(
@@ -531,16 +526,16 @@ def rollout_stats(
     n_tokens, right, ended, reward, signal = all_sum(
         torch.tensor(mine, dtype=torch.float64)
     ).tolist()
-    means = np.array([reward, right, n_tokens, ended]) / (c.prompts * c.samples)
-    stats = dict(zip(("reward", "right", "length", "ended"), means.tolist()))
+    answers = c.prompts * c.samples  # of all ranks
+    stats = {
+        "reward": reward / answers,
+        "right": right / answers,
+        "length": n_tokens / answers,
+        "ended": ended / answers,
+    }
     if c.samples > 1:
         stats["signal"] = signal / c.prompts
     return n_tokens, stats
-
-
-def rows_per_part(c: RolloutSettings) -> int:
-    """Rows of a mini-batch, over all ranks."""
-    return c.prompts * c.samples // c.minibatches
 
 
 def score_log_probs(model: OLMo2, rows: list[tuple[Example]], c: RolloutSettings) -> list[Tensor]:
@@ -568,9 +563,20 @@ def log_rollouts(
     n_tokens = rollouts.n_tokens
     updates = len(rollouts.parts) * c.passes
     seen = n_tokens * c.passes
-    per = {"loss": updates, "value_loss": updates, "clip_fraction": seen, "entropy": n_tokens}
-    per["kl"] = n_tokens if isinstance(c, PPOSettings) else seen
+    per = {
+        "loss": updates,
+        "value_loss": updates,
+        "clip_fraction": seen,
+        "entropy": n_tokens,
+        "kl": n_tokens if isinstance(c, PPOSettings) else seen,
+    }
     means = {name: value / per[name] for name, value in sums.items()}
     grad_norm = float(np.max(norms))  # unlike max, it keeps NaN
-    is_bad = not math.isfinite(grad_norm)
-    run.log(n_tokens, skipped=is_bad, **means, **rollouts.stats, lr=lr, grad_norm=grad_norm)
+    run.log(
+        n_tokens,
+        skipped=not math.isfinite(grad_norm),
+        **means,
+        **rollouts.stats,
+        lr=lr,
+        grad_norm=grad_norm,
+    )

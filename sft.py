@@ -24,6 +24,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -256,8 +257,9 @@ class HeldOut:
     @property
     def prompts(self) -> list[list[int]]:
         """Prompts for a sample, in ids."""
-        prompts = [question.tokens for question in self.questions]
-        return prompts or [row[0].prompt for row in self.rows]
+        if self.questions:
+            return [question.tokens for question in self.questions]
+        return [row[0].prompt for row in self.rows]
 
 
 def held_out_rows(c: StageSettings, names: tuple[str, ...]) -> Source:
@@ -333,9 +335,11 @@ def begin_stage(
     run.resume(trained)
     checked = self_check(c, data_hash, weights, run.device)
     n_parameters = sum(weight.numel() for weight in weights.values())
-    print(f"run       {run.title()}")
-    print(f"model     {c.init}: {n_parameters:,} parameters; {run.device}")
-    print(f"check     {checked}")
+    print(
+        f"run       {run.title()}\n"
+        f"model     {c.init}: {n_parameters:,} parameters; {run.device}\n"
+        f"check     {checked}"
+    )
     print(
         f"data      {' '.join(c.data)}, {data_hash}: {len(rows):,} rows; {steps:,} steps of "
         f"{per_step}, which is {100 * steps * per_step / len(rows):.0f} % of the rows"
@@ -367,19 +371,17 @@ def micro_batches(
     """
     lengths = [max(len(example.tokens) for example in row) for row in rows]
     for which in length_sorted_batches(lengths, size):
-        columns = zip(*[rows[n] for n in which])
-        examples = list(itertools.chain.from_iterable(columns))
+        examples = list(itertools.chain(*zip(*[rows[n] for n in which])))
         tokens = pad_rows([example.tokens for example in examples])
         targets = pad_rows([example.targets for example in examples], value=-100)
         yield which, tokens.long().to(device), targets.long().to(device)
 
 
-def count_tokens(rows: list[tuple[Example, ...]]) -> tuple[float, float]:
-    """(targets, tokens) in the rows of all ranks."""
-    examples = list(itertools.chain.from_iterable(rows))
+def count_tokens(rows: list[tuple[Example, ...]]) -> list[float]:
+    """[targets, tokens] in the rows of all ranks."""
+    examples = itertools.chain(*rows)
     counts = [(example.n_targets, len(example.tokens)) for example in examples]
-    n_targets, n_tokens = all_sum(torch.tensor(counts, dtype=torch.float64).sum(0)).tolist()
-    return n_targets, n_tokens
+    return all_sum(torch.tensor(counts, dtype=torch.float64).sum(0)).tolist()
 
 
 # ------------------------------------------------------------------------------------------
@@ -397,7 +399,7 @@ def lr_at(step: int, steps: int, c: StageSettings) -> float:
     if step < warmup:
         return c.lr * (step + 1) / warmup
     if c.schedule == "constant":
-        return c.lr * 1.0
+        return c.lr
     return c.lr * ((steps - step) / (steps - warmup))
 
 
@@ -452,8 +454,7 @@ def generate_completions(
     batches = length_sorted_batches(
         lengths, rows_that_fit(model, max(lengths, default=0) + max_new_tokens)
     )
-    rank, _ = rank_and_world()
-    hide = not name or rank > 0 or None
+    hide = not name or rank_and_world()[0] > 0 or None
     with inference(model, gather=True):
         for which in tqdm(batches, name, leave=False, disable=hide):
             ids, log_probs = model.generate(
@@ -463,8 +464,8 @@ def generate_completions(
                 eos=tokenizer.eos,
                 seed=[seeds[n] for n in which],
             )
-            for i, n in enumerate(which):
-                made[n] = complete_prompt(prompts[n], ids[i], log_probs[i], tokenizer)
+            for n, *written in zip(which, ids, log_probs):
+                made[n] = complete_prompt(prompts[n], *written, tokenizer)
     return made
 
 
@@ -489,10 +490,9 @@ def complete_prompt(
     tokens = np.array(prompt.tokens + ids, np.int32)
     ended = ids[-1] == tokenizer.eos
     text = tokenizer.decode(ids[:-1] if ended else ids)
-    before = torch.zeros(n_prompt - 1)
     return Completion(
         example=Example(tokens, np.arange(len(tokens)) >= n_prompt),
-        log_probs=torch.cat((before, torch.tensor(log_probs), torch.zeros(1))),
+        log_probs=F.pad(torch.tensor(log_probs), (n_prompt - 1, 1)),
         text=text,
         ended=ended,
         right=VERIFIERS[prompt.verifier](text.strip(), prompt.label),
@@ -508,12 +508,10 @@ def score_rows(
     """Per row of k conversations, `score(tokens, targets)` [k b, ...]: [k, ...], on the CPU."""
     found: list = [None] * len(rows)
     size = 4 * c.micro_batch
-    device = next(model.parameters()).device
-    rank, _ = rank_and_world()
-    hide = len(rows) < 5000 or rank > 0 or None
+    batches = micro_batches(rows, size, next(model.parameters()).device)
+    total = math.ceil(len(rows) / size)
+    hide = len(rows) < 5000 or rank_and_world()[0] > 0 or None
     with inference(model):
-        batches = micro_batches(rows, size, device)
-        total = math.ceil(len(rows) / size)
         for which, tokens, targets in tqdm(batches, "scoring", total, leave=False, disable=hide):
             scores = score(tokens, targets).cpu()
             for i, n in enumerate(which):
@@ -537,20 +535,16 @@ def score_completions(
             model, tokenizer, part, [0] * len(part), 0.0, max_new_tokens, "held-out prompts"
         )
 
-    hits: dict[str, list[bool]] = {}
-    well_formed, lengths = [], []
     completions = map_over_ranks(questions, answer)
-    for question in questions:  # so that `exact` comes after all sources
-        hits[f"{question.source} %"] = []
+    # All sources at once, so that `exact` comes after them.
+    hits: dict[str, list[bool]] = {f"{question.source} %": [] for question in questions}
     for question, completion in zip(questions, completions):
         hits[f"{question.source} %"].append(completion.right)
         if question.exact:
             hits.setdefault("exact %", []).append(completion.text.strip() == question.exact)
-        well_formed.append(completion.ended and "<|" not in completion.text)
-        lengths.append(completion.length)
-    hits["format %"] = well_formed
+    hits["format %"] = [made.ended and "<|" not in made.text for made in completions]
     columns = {name: 100 * float(np.mean(values)) for name, values in hits.items()}
-    return columns | {"length": float(np.mean(lengths))}
+    return columns | {"length": float(np.mean([made.length for made in completions]))}
 
 
 # ------------------------------------------------------------------------------------------
@@ -579,12 +573,11 @@ def record_eval(
     if not held_out.prompts:
         return
     prompt = random.Random(c.seed).choice(held_out.prompts)
-    room = model.config.context - len(prompt)
+    longest = min(c.response_length, model.config.context - len(prompt))
     with inference(model, gather=True):
-        (ids,), _ = model.generate(
-            [prompt], min(c.response_length, room), eos=tokenizer.eos, seed=c.seed
-        )
-    asked, answer = tokenizer.decode(prompt), tokenizer.decode(ids)
+        (ids,), _ = model.generate([prompt], longest, eos=tokenizer.eos, seed=c.seed)
+    asked = tokenizer.decode(prompt)
+    answer = tokenizer.decode(ids)
     run.record("sample", prompt=asked, text=answer)
     print(f"          sample: {asked[-200:]!r} -> {answer!r}", flush=True)
 

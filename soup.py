@@ -19,12 +19,9 @@ A soup is a folder, runs/<size>/soup: hf/ (the weights), soup.json (what is in i
 of each ingredient's values, and all scores) and soup.png.
 """
 
-import contextlib
 import hashlib
 import math
 import platform
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -35,15 +32,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Tokenizer, embedded_corpus, get_tokenizer, mix_sources, token_files
-from eval import print_table, question_accuracy
+from eval import ask_questions, print_table, table_row
 from infra.checkpoint import StoredWeights, check_tensors, find_weights, list_states, write_weights
 from infra.distributed import best_device, keep_freed_memory, run_cli
-from infra.files import UserError, make_folder, read_json, replace_folder, write_json
+from infra.files import (
+    UserError,
+    make_folder,
+    read_json,
+    replace_folder,
+    temporary_folder,
+    write_json,
+)
 from infra.metrics import Curve, Panel, plot_curves
 from infra.run import settings_of_run
 from infra.settings import Count, Positive, check_ranges
 from likelihood import bits_per_byte_by_source, by_source
-from model import SIZES, OLMo2, read_config, write_config
+from model import OLMo2, check_size, read_config, write_config
 from tasks.synthetic import SOURCES
 
 
@@ -194,18 +198,15 @@ def run_settings(path: str) -> dict:
     return {}
 
 
-Files = dict[str, list[Path]]  # source -> held-out token files
-
-
 def find_held_out(
     data: tuple[str, ...], path: str, tokenizer: Tokenizer
-) -> tuple[Files, dict[str, float]]:
-    """(held-out files, each source's share): of `data`, of the run at `path`, or embedded.
+) -> tuple[dict[str, list[Path]], dict[str, float]]:
+    """({source: held-out files}, {source: share}): of `data`, of the run at `path`, or embedded.
 
     ({}, {}) where there is nothing: weights from elsewhere, without --data.
     """
     settings = run_settings(path)
-    files: Files = {}
+    files = {}
     if data or settings.get("val"):
         files = by_source(token_files(data or settings["val"], "val"))
     elif settings.get("mix"):
@@ -220,7 +221,9 @@ def find_held_out(
     return files, {source: 1 / len(files) for source in files}
 
 
-def held_out_of_mix(mix: tuple[str, ...], tokenizer: Tokenizer) -> tuple[Files, dict[str, float]]:
+def held_out_of_mix(
+    mix: tuple[str, ...], tokenizer: Tokenizer
+) -> tuple[dict[str, list[Path]], dict[str, float]]:
     """(held-out files of a mix, each source's share) of the sources that have some."""
     found = mix_sources(mix, "val", tokenizer)
     files = {source: paths for source, (_, paths) in found.items() if paths}
@@ -242,20 +245,19 @@ class Scores:
 
     def bits_per_byte(self, model: OLMo2) -> dict[str, float]:
         """{source: bits per byte}, with `mix`."""
-        data = (self.files, self.seq_len, self.tokenizer)
-        return bits_per_byte_by_source(model, *data, self.c.val_tokens, self.shares)
+        return bits_per_byte_by_source(
+            model, self.files, self.seq_len, self.tokenizer, self.c.val_tokens, self.shares
+        )
 
     def __call__(self, path: str | Path) -> dict[str, float]:
         """The columns of a model's row; {} without held-out data."""
         if not self.files:
             return {}
         model = OLMo2.load(path, device=self.device)
-        row = {f"{source} bpb": value for source, value in self.bits_per_byte(model).items()}
+        right = {}
         if self.c.questions and self.files.keys() & SOURCES.keys():
-            for task in ("math", "qa"):
-                right = question_accuracy(model, self.tokenizer, task, self.c.questions)
-                row[f"{task} %"] = 100 * right
-        return row
+            right = ask_questions(model, self.tokenizer, self.c.questions)
+        return table_row(self.bits_per_byte(model), right)
 
     def line(self, one: str, other: str, ends: tuple[float, float]) -> list[float]:
         """Bits per byte of the mix at --points places on the straight line between two models.
@@ -330,8 +332,7 @@ def check_flags(c: Config) -> None:
     check_ranges(c)
     if c.points == 1:
         raise UserError("--points 1 must be 2 or more (0: no figure)")
-    if c.size not in SIZES:
-        raise UserError(f"unknown size {c.size!r}: sizes are {', '.join(SIZES)}")
+    check_size(c.size)
 
 
 def check_ingredients(paths: list[str], weights: list[float], out: Path) -> None:
@@ -394,23 +395,6 @@ def check_out(out: Path, asked: dict) -> None:
             )
 
 
-@contextlib.contextmanager
-def temporary_folder(out: Path) -> Iterator[Path]:
-    """A new folder in `out`, for weights; whatever happens, it and an empty `out` are removed.
-
-    Raises UserError where it cannot be written.
-    """
-    tmp = out / ".saving-hf"
-    try:
-        yield make_folder(tmp)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            out.rmdir()
-
-
 def save(out: Path, tmp: Path, record: dict) -> None:
     """Put the weights in place and write soup.json.
 
@@ -436,10 +420,8 @@ def report(soup: dict[str, float], asked: dict, out: Path) -> None:
     if left_out:
         print(f"left out, since with them it had more bits per byte: {', '.join(left_out)}")
     settings = [run_settings(path) for path in soup]
-    differ = []
-    for name in ("init", "mix", "data", "tokens", "lr"):
-        if len({one.get(name) for one in settings}) > 1:
-            differ.append(name)
+    names = ("init", "mix", "data", "tokens", "lr")
+    differ = [name for name in names if len({one.get(name) for one in settings}) > 1]
     if differ:
         print(f"note: the ingredients differ in {', '.join(differ)}")
 
@@ -456,13 +438,12 @@ AXES = dict(
 def plot(soup: dict[str, float], rows: dict[str, dict], scores: Scores, path: Path) -> None:
     """Measure the lines between all pairs of ingredients; draw them and the soup."""
     curves = []
-    pairs = list(combinations(soup, 2))
+    pairs = list(combinations(soup, 2))  # tqdm wants to know how many
     for one, other in tqdm(pairs, desc="figure", unit=" lines", disable=None, leave=False):
         y = scores.line(one, other, (rows[one]["mix bpb"], rows[other]["mix bpb"]))
         x = torch.linspace(0, 1, len(y)).tolist()
         curves.append(Curve(x, y, f"{one} to {other}", {"marker": "."}))
-    level = [rows["soup"]["mix bpb"]] * 3
-    curves.append(Curve([0, 0.5, 1], level, "soup", STAR))
+    curves.append(Curve([0, 0.5, 1], [rows["soup"]["mix bpb"]] * 3, "soup", STAR))
     plot_curves(path, [Panel("", curves, AXES)], size=(7, 4.5))
     print(f"figure {path}")
 
@@ -483,15 +464,16 @@ def main(arguments: list[str] | None = None) -> None:
     if c.greedy and not scores.files:
         raise UserError("--greedy judges by held-out text: give some with --data")
     soup = dict(zip(paths, weights))
-    with temporary_folder(out) as tmp:
+    with temporary_folder(out / ".saving-hf") as tmp:
         # Average.
         hashes = average(soup, tmp)
         changed = [path for path, value in zip(paths, recorded) if hashes[path] != value]
         if changed:
             raise UserError(f"{', '.join(changed)}: other weights than those of {c.ingredients[0]}")
         # Score.
-        bar = tqdm(paths, desc="scores", unit=" models", disable=None, leave=False)
-        rows = {path: scores(path) for path in bar}
+        rows = {}
+        for path in tqdm(paths, desc="scores", unit=" models", disable=None, leave=False):
+            rows[path] = scores(path)
         if c.greedy:
             soup = greedy_soup(soup, rows, scores, tmp)
             average(soup, make_folder(tmp))

@@ -167,7 +167,7 @@ class Tokenizer:
         pieces = []
         text = "<|endoftext|>" if self.chat_bos else ""
         for i, message in enumerate(messages):
-            check_message(i, message)
+            check_message(f"message {i}", message)
             text += f"<|{message['role']}|>\n"
             if message["role"] == "assistant":
                 pieces += [text, message["content"] + "<|endoftext|>"]
@@ -203,13 +203,13 @@ class Tokenizer:
         write_json(folder / "tokenizer_config.json", config)
 
 
-def check_message(i: int, message: dict[str, str]) -> None:
-    """Raise UserError unless message i of a conversation has a known role and a text."""
+def check_message(where: str, message: dict[str, str]) -> None:
+    """Raise UserError unless a message of a conversation has a known role and a text."""
     if isinstance(message, dict) and isinstance(message.get("content"), str):
         if message.get("role") in ("system", "user", "assistant"):
             return
     raise UserError(
-        f"message {i} needs a role (system, user or assistant) and a text as content: "
+        f"{where}: expected a role (system, user or assistant) and a text as content, got "
         f"{str(message)[:80]}"
     )
 

@@ -294,11 +294,10 @@ def count_name(tokens: int) -> str:
     >>> count_name(2_621_440), count_name(4_000_022_593_536), count_name(2048)
     ('3M', '4001B', '3K')
     """
-    if tokens >= 10**9:
-        return f"{-(-tokens // 10**9)}B"
-    if tokens >= 10**6:
-        return f"{-(-tokens // 10**6)}M"
-    return f"{-(-tokens // 10**3)}K"
+    for size, unit in ((10**9, "B"), (10**6, "M")):
+        if tokens >= size:
+            return f"{-(-tokens // size)}{unit}"
+    return f"{-(-tokens // 1000)}K"
 
 
 def list_states(run: Path) -> list[Path]:
@@ -432,9 +431,7 @@ class Saver:
     @property
     def failed(self) -> bool:
         """Has the save in the background failed?"""
-        if self.pending is None or not self.pending.done():
-            return False
-        return self.pending.exception() is not None
+        return bool(self.pending and self.pending.done() and self.pending.exception())
 
     def wait(self) -> None:
         pending = self.pending
@@ -445,8 +442,7 @@ class Saver:
 
 def verify_state(folder: Path) -> str | None:
     """What is wrong with a training state, or None. Each rank reads its share of the files."""
-    damages = [damage for damage in all_gather_objects(find_damage(folder)) if damage]
-    return damages[0] if damages else None
+    return next(filter(None, all_gather_objects(find_damage(folder))), None)
 
 
 def find_damage(folder: Path) -> str | None:

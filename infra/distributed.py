@@ -535,8 +535,8 @@ def self_check(
     Returns one line to print. Raises UserError that says who differs in what.
     """
     rank, world = rank_and_world()
-    known = all_sum(torch.arange(1, 5, device=device) * (rank + 1)).tolist()
-    expected = [world * (world + 1) // 2 * n for n in range(1, 5)]
+    known = all_sum(torch.tensor(rank + 1, device=device)).item()
+    expected = world * (world + 1) // 2
     if all_gather_objects(known)[0] != expected:
         raise UserError(
             f"the links between ranks do not add up: {known}, not {expected}", everywhere=True
@@ -547,7 +547,7 @@ def self_check(
         "data": data_hash,
         "weights": checksum(weights),
     }
-    check_agreement({"sum of 1 to 4 over ranks": known, "torch": torch.__version__, **mine})
+    check_agreement({"sum over ranks": known, "torch": torch.__version__, **mine})
     who = "1 process" if world == 1 else f"{world} processes agree"
     return f"{who}: " + ", ".join(f"{name} {value}" for name, value in mine.items())
 

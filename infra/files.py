@@ -4,6 +4,7 @@ Whatever is written here is written to a temporary name first and then renamed, 
 that is killed leaves the old file or the new one, never half of it.
 """
 
+import contextlib
 import difflib
 import gzip
 import hashlib
@@ -128,6 +129,22 @@ def make_folder(path: Path) -> Path:
         return path
     except OSError as error:
         raise UserError(f"cannot write to {path.parent}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def temporary_folder(tmp: Path) -> Iterator[Path]:
+    """An empty folder at `tmp`, to be renamed; if it was not, it goes, and so does an empty parent.
+
+    Raises UserError where it cannot be written.
+    """
+    try:
+        yield make_folder(tmp)
+    except OSError as error:
+        raise UserError(f"cannot write to {tmp.parent}: {error.strerror}") from None
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            tmp.parent.rmdir()
 
 
 def is_plain_name(name: str) -> bool:

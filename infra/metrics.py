@@ -4,6 +4,7 @@ A row is one flat JSON object: event (step, eval, sample, questions), step, toke
 values. A number that is not finite is written as null.
 """
 
+import datetime
 import json
 import math
 import os
@@ -127,31 +128,20 @@ class Progress:
         if self.flops_per_token:
             mfu = self.mfu(speed)
             words.append("MFU n/a" if mfu is None else f"MFU {100 * mfu:.1f}%")
-        return "  ".join([*words, f"{format_seconds(left)} left"])
+        return "  ".join([*words, f"{datetime.timedelta(seconds=int(left))} left"])
+
+
+# How metrics stand on the terminal; those without a line here: three digits.
+FORMATS = {"loss": "loss {:7.4f}", "lr": "lr {:.2e}", "grad_norm": "grad {:7.3f}"}
 
 
 def show(name: str, value: float) -> str:
-    """A metric on the terminal."""
-    if name == "loss":
-        return f"loss {value:7.4f}"
-    if name == "lr":
-        return f"lr {value:.2e}"
-    if name == "grad_norm":
-        return f"grad {value:7.3f}"
-    return f"{name} {value:#.3g}"
+    """A metric on the terminal.
 
-
-def format_seconds(seconds: float) -> str:
-    """Time for people.
-
-    >>> format_seconds(75), format_seconds(3 * 86400 + 3600)
-    ('1:15', '3d 01:00:00')
+    >>> show("lr", 0.0004), show("kl", 0.01234)
+    ('lr 4.00e-04', 'kl 0.0123')
     """
-    minutes, s = divmod(int(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
-    clock = f"{h:02d}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
-    return f"{days}d {clock}" if days else clock
+    return FORMATS.get(name, name + " {:#.3g}").format(value)
 
 
 # ------------------------------------------------------------------------------------------

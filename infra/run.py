@@ -192,12 +192,10 @@ class Run:
     def give_up(self, values: dict[str, float]) -> None:
         """Raise the UserError of a run whose steps are all skipped."""
         states = [state.name for state in list_states(self.folder)]
-        last = ", ".join(
-            f"{name} {values[name]}" for name in ("loss", "grad_norm") if name in values
-        )
         raise UserError(
             f"{MOST_SKIPPED} steps in a row were skipped, up to step {self.step} "
-            f"({last}{self.name_batch(self.step - 1)}): lower --lr, lengthen --warmup, or look at "
+            f"(loss {values['loss']}, grad_norm {values['grad_norm']}"
+            f"{self.name_batch(self.step - 1)}): lower --lr, lengthen --warmup, or look at "
             f"the data; the newest state is {states[0] if states else 'none'}",
             everywhere=True,
         )

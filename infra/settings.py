@@ -91,16 +91,8 @@ class RunSettings:
 
     # tiny, 14M, 30M, 60M, 190M, 370M, 760M, 1B, 7B, 13B, 32B
     size: str = "tiny"
-    # the model to start from: a run, a checkpoint or a Hugging Face directory
-    init: str = ""
-    # what is trained on
-    data: tuple[str, ...] = ()
-    # held-out data of the same kind
-    val: tuple[str, ...] = ()
     # the run's folder
     out: str = ""
-    # of the order of the data
-    seed: Count = 1
     # rows per forward and backward of a process, at most; fewer take less memory
     micro_batch: Positive = 2
     # largest global L2 norm of the gradient
@@ -112,8 +104,6 @@ class RunSettings:
     keep: Count = 1
     # steps between evaluations on held-out data
     eval_every: Positive = 100
-    # held-out questions or rows of each kind that take part
-    questions: Count = 200
     # steps between lines on the terminal (metrics.jsonl has every step)
     log_every: Positive = 10
     # Weights & Biases project; none: nothing is sent

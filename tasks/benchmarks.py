@@ -229,8 +229,8 @@ def parse_request(row: dict, where: str) -> Request:
             stops = request.get("stop_sequences") or []
             options = request.get("generation_kwargs") or {}
         case _:
-            fields = "doc_id, idx, label, request.context and request.continuation"
-            raise not_expected(where, f"a request with {fields}", row)
+            expected = "a request with doc_id, idx, label, request.context and request.continuation"
+            raise not_expected(where, expected, row)
     if not (isinstance(stops, list) and isinstance(options, dict)):
         raise not_expected(where, "a list of stop_sequences and generation_kwargs by name", row)
     if not continuation:
@@ -400,8 +400,8 @@ def read_mmlu(folder: Path, name: str) -> list[list[str]]:
         rows = list(csv.reader(file))
     for number, row in enumerate(rows, 1):
         if len(row) != 6 or row[5] not in tuple("ABCD"):
-            where = f"{found[0]}, row {number}"
-            raise not_expected(where, "question, four choices and a letter", row)
+            expected = "question, four choices and a letter"
+            raise not_expected(f"{found[0]}, row {number}", expected, row)
     return rows
 
 

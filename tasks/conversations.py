@@ -32,7 +32,7 @@ from infra.files import UserError, did_you_mean, join_problems, json_lines
 from tasks.ifeval import rlvr_constraint, verify_ifeval
 from tasks.synthetic import instruct_rows, rlvr_rows
 from tasks.verifiers import is_right, verify_gsm8k, verify_math
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, check_message
 
 
 @dataclass(frozen=True)
@@ -89,27 +89,26 @@ class Source:
 
     names: tuple[str, ...]
     seed: int  # of embedded training rows
-    held_out: int = (
-        0  # so many rows of each, of an embedded one its held-out split; 0: all, to train on
-    )
+    # so many rows of each, of an embedded one its held-out split; 0: all, to train on
+    held_out: int = 0
 
     def rows(self) -> list[Row]:
         """All rows, each with the place where it stands. Raises UserError."""
         rows = []
         for name in self.names:
-            part = self.rows_of(name)
-            rows += part[: self.held_out] if self.held_out else part
+            rows += self.rows_of(name)[: self.held_out or None]
         return rows
 
     def rows_of(self, name: str) -> list[Row]:
-        if name in EMBEDDED:
-            rows = embedded_rows(name, self.seed, self.held_out)
-            return [(f"{name}, row {i}", row) for i, row in enumerate(rows, 1)]
         if name.endswith((".jsonl", ".jsonl.gz")):
             if not Path(name).exists():
                 raise UserError(f"{name} does not exist")
             return [(f"{name}, line {number}", row) for number, row in json_lines(Path(name))]
-        return [(f"{name}, row {i}", row) for i, row in enumerate(read_table(name), 1)]
+        if name in EMBEDDED:
+            rows = embedded_rows(name, self.seed, self.held_out)
+        else:
+            rows = read_table(name)
+        return [(f"{name}, row {i}", row) for i, row in enumerate(rows, 1)]
 
 
 def embedded_rows(name: str, seed: int, held_out: int) -> Iterator[dict]:
@@ -163,19 +162,8 @@ def read_messages(row: dict, key: str) -> list[dict]:
     if not isinstance(messages, list) or not messages:
         raise UserError(f'expected a list of messages under "{key}", got {str(row)[:60]}')
     for i, message in enumerate(messages):
-        if not is_message(message):
-            raise UserError(
-                f'"{key}", message {i}: expected a role (system, user or assistant) and a text as '
-                f"content, got {str(message)[:60]}"
-            )
+        check_message(f'"{key}", message {i}', message)
     return messages
-
-
-def is_message(message) -> bool:
-    """Is it {"role": system | user | assistant, "content": a text}?"""
-    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-        return False
-    return message.get("role") in ("system", "user", "assistant")
 
 
 # ------------------------------------------------------------------------------------------
@@ -225,7 +213,7 @@ def read_examples(
     """
     rows = source.rows()
     places = [where for where, _ in rows]
-    conversations = parse_rows(rows, functools.partial(read_each, keys=keys))
+    conversations = parse_rows(rows, lambda row: [read_messages(row, key) for key in keys])
     strict = not (drop or source.held_out)
     same = [fault_of_pair(row) for row in conversations]
     if strict and any(same):
@@ -243,14 +231,11 @@ def read_examples(
             "them out with --drop"
         )
     if any(empty):
-        n_empty = sum(map(bool, empty))
-        print(f"          {n_empty:,} of {len(rows):,} rows teach nothing and are left out")
+        print(
+            f"          {sum(map(bool, empty)):,} of {len(rows):,} rows teach nothing "
+            "and are left out"
+        )
     return [row for row, *faults in zip(examples, same, empty) if not any(faults)]
-
-
-def read_each(row: dict, keys: tuple[str, ...]) -> list[list[dict]]:
-    """The conversations under all keys of a row."""
-    return [read_messages(row, key) for key in keys]
 
 
 def name_faults(places: list[str], faults: list[str]) -> str:
@@ -263,9 +248,9 @@ def fault_of_pair(row: list[list[dict]]) -> str:
     if len(row) == 1:
         return ""
     chosen, rejected = row
-    if chosen == rejected:
-        return "the two answers are the same"
-    return "" if chosen[:-1] == rejected[:-1] else "the two answer different prompts"
+    if chosen[:-1] != rejected[:-1]:
+        return "the two answer different prompts"
+    return "the two answers are the same" if chosen == rejected else ""
 
 
 def fault_of_labels(row: list[list[dict]], examples: tuple[Example, ...], max_length: int) -> str:
@@ -313,13 +298,14 @@ def read_prompts(
     if prompts and not short:
         shortest = min(len(prompt.tokens) for prompt in prompts)
         raise UserError(
-            f"none of {len(prompts):,} prompts has at most the {prompt_length} tokens of "
-            f"--prompt-length: the shortest has {shortest} (GSM8K's own rows get {shots} worked "
-            "examples: see --shots)"
+            f"none of {len(prompts):,} prompts has at most {prompt_length} tokens, the shortest "
+            f"has {shortest}: raise --prompt-length, or lower --shots, GSM8K's worked examples"
         )
     if len(short) < len(prompts):
-        left_out = len(prompts) - len(short)
-        print(f"          {left_out:,} prompts exceed {prompt_length} tokens and are left out")
+        print(
+            f"          {len(prompts) - len(short):,} prompts exceed {prompt_length} tokens "
+            "and are left out"
+        )
     return short
 
 
@@ -390,8 +376,7 @@ def gsm8k_prompts(rows: list[Row], shots: int) -> list[Row]:
     """The rows of one file after the first `shots`, which become the examples before each."""
     examples = ""
     for _, row in rows[:shots]:
-        answer = worked_answer(row["answer"])
-        examples += f"Question: {row['question']}\nAnswer: {answer}\n\n"
+        examples += f"Question: {row['question']}\nAnswer: {worked_answer(row['answer'])}\n\n"
     made = []
     for where, row in rows[shots:]:
         content = f"{examples}Question: {row['question']}\nAnswer:"

@@ -45,8 +45,9 @@ def ifeval_check(instruction_id: str, kwargs: dict) -> tuple[Callable[..., bool]
     The function's signature says which arguments there must be, of which types. Raises UserError.
     """
     if instruction_id not in IFEVAL:
-        near = did_you_mean(instruction_id, IFEVAL)
-        raise UserError(f"unknown instruction {instruction_id!r}{near}")
+        raise UserError(
+            f"unknown instruction {instruction_id!r}{did_you_mean(instruction_id, IFEVAL)}"
+        )
     check = IFEVAL[instruction_id]
     arguments = {name: value for name, value in kwargs.items() if value is not None}
     signature = inspect.signature(check)
@@ -96,10 +97,8 @@ def keyword_frequency(text: str, keyword: str, frequency: int, relation: str) ->
 
 def has_no_forbidden_word(text: str, forbidden_words: list) -> bool:
     """Whole words only: "cats" has no "cat"."""
-    for word in forbidden_words:
-        if re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE):
-            return False
-    return True
+    patterns = (rf"\b{re.escape(word)}\b" for word in forbidden_words)
+    return not any(re.search(pattern, text, re.IGNORECASE) for pattern in patterns)
 
 
 def letter_frequency(text: str, letter: str, let_frequency: int, let_relation: str) -> bool:
@@ -414,8 +413,10 @@ def rlvr_constraint(row: dict) -> tuple[str, dict]:
     """
     name = row.get("func_name")
     if name not in RLVR_CONSTRAINTS:
-        known = ", ".join(RLVR_CONSTRAINTS)
-        raise UserError(f"unknown constraint {name!r}: expected func_name to be one of {known}")
+        raise UserError(
+            f"unknown constraint {name!r}: expected func_name to be one of "
+            f"{', '.join(RLVR_CONSTRAINTS)}"
+        )
     instruction_id, names = RLVR_CONSTRAINTS[name]
     missing = [theirs for theirs in names if row.get(theirs) is None]
     if missing:

@@ -438,6 +438,7 @@ def sympy_process(pid: int) -> subprocess.Popen:
         text=True,
     )
     if server.stdout.readline() != "ready\n":
-        hint = "pip install sympy antlr4-python3-runtime==4.11.0"
-        raise UserError(f"comparing LaTeX needs sympy's parser: {hint}")
+        raise UserError(
+            "comparing LaTeX needs sympy's parser: pip install sympy antlr4-python3-runtime==4.11.0"
+        )
     return server

@@ -528,7 +528,7 @@ def test_a_stage_1_from_elsewhere_names_no_folder(stage1, here, capsys):
     record = read_json(Path("runs/foreign/run.json"))
     record["config"]["size"]["value"] = "../../elsewhere"
     write_json(Path("runs/foreign/run.json"), record)
-    assert "unknown size, '../../elsewhere': sizes are tiny" in fails(
+    assert "unknown size '../../elsewhere' (sizes are tiny" in fails(
         module.main, ["--init", "runs/foreign"], capsys
     )
     assert not Path("elsewhere").exists() and not Path("../elsewhere").exists()

@@ -196,8 +196,7 @@ def test_ifeval_prompts_are_accepted_and_verdicts_equal_lm_evals(monkeypatch):
     are none (#, !) lm-eval checks another, drawn at random.
     """
     monkeypatch.setenv("LOCAL_RANK", "1")  # lm_eval downloads on rank 0
-    from lm_eval.tasks.ifeval import instructions_util
-    from lm_eval.tasks.ifeval import utils as theirs
+    from lm_eval.tasks.ifeval import instructions_util, utils as theirs
 
     logging.getLogger().setLevel("WARNING")
     split = functools.partial(instructions_util.nltk.word_tokenize, preserve_line=True)

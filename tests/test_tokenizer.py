@@ -95,7 +95,7 @@ def test_exported_tokenizer_gives_the_same_ids_everywhere(name, tmp_path):
         )
     rendered = "<|endoftext|><|user|>\nTwo plus two?\n<|assistant|>\n"
     assert ours.render_chat(one_turn, True) == rendered
-    with pytest.raises(UserError, match="message 1 needs a role"):
+    with pytest.raises(UserError, match="message 1: expected a role"):
         ours.apply_chat_template([*one_turn, {"role": "robot", "content": "x"}])
 
 
