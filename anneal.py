@@ -71,6 +71,7 @@ def recipe(size: str, k: int) -> dict:
         data=(),
         val=(),
         moments=True,
+        chunk=1,  # the 32B's stage 2 shuffles single instances
         warmup=0,
         schedule="linear",
         lr_floor=0.0,

@@ -11,8 +11,8 @@ be exchanged:
     document, there is no BOS;
   - an instance is T consecutive tokens within one file; a file's remainder is dropped; documents
     are cut where they fall;
-  - the order of an epoch is one permutation of all instances, PCG64(seed + epoch); a batch is the
-    next rows of it.
+  - the order of an epoch is one permutation of all instances, PCG64(seed + epoch), or of chunks of
+    neighbouring instances (the 32B's stage 1: of pairs); a batch is the next rows of it.
 A batch is a function of (files, seed, step, rank, world size). Nothing is iterated, so a run
 resumes by its step alone.
 Sources: OLMo olmo/data/{memmap_dataset,iterable_dataset}.py, OLMo-core data/data_loader.py.
@@ -264,13 +264,18 @@ class TokenData:
     files: list[Path]
     seq_len: int
     tokenizer: Tokenizer
-    # How many instances of each file take part, its first ones (None: all), see `mix_files`.
+    # How many chunks of each file take part, its first ones (None: all), see `mix_files`.
     counts: list[int] | None = None
+    # So many neighbouring instances stay together in the order. OLMo-core has the same number as
+    # max_target_sequence_length / sequence_length.
+    chunk: int = 1
 
     def __post_init__(self):
         self.sidecars = [read_sidecar(path, self.tokenizer) for path in self.files]
-        # A file's remainder below seq_len tokens is dropped.
-        lengths = self.counts or [row["tokens"] // self.seq_len for row in self.sidecars]
+        # A file's remainder below a chunk is dropped.
+        size = self.chunk * self.seq_len
+        chunks = self.counts or [row["tokens"] // size for row in self.sidecars]
+        lengths = self.chunk * np.array(chunks)
         # File i has the instances begins[i] to ends[i].
         self.ends = np.cumsum(lengths)
         self.begins = self.ends - lengths
@@ -310,8 +315,11 @@ class TokenData:
 
         4 bytes each: 3.8 GB for the 3.9T tokens of the official mix.
         """
-        order = np.arange(len(self), dtype=np.uint32)
+        order = np.arange(len(self) // self.chunk, dtype=np.uint32)
         np.random.Generator(np.random.PCG64(seed + epoch)).shuffle(order)
+        if self.chunk > 1:
+            within = np.arange(self.chunk, dtype=np.uint32)
+            order = (order[:, None] * np.uint32(self.chunk) + within).reshape(-1)
         return order
 
     def positions(self, step: int, rows: int, seed: int, first_epoch: int = 0) -> np.ndarray:

@@ -36,7 +36,7 @@ from infra.files import UserError, json_lines, write_text
 from infra.run import Run
 from infra.settings import NotNegative, Positive, TwoOrMore
 from model import OLMo2, read_config
-from pretrain import make_optimizer, set_lr, what_is_trained
+from pretrain import set_lr, what_is_trained
 from sft import (
     Completion,
     HeldOut,
@@ -51,6 +51,7 @@ from sft import (
     instruct_tokenizer,
     load_model,
     lr_at,
+    make_optimizer,
     micro_batches,
     number_of_steps,
     record_columns,
@@ -129,25 +130,35 @@ def reward_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class RewardModelSettings(StageSettings):
-    """Reward model: rows {chosen: messages, rejected: messages}."""
+class PairSettings(StageSettings):
+    """Rows {chosen: messages, rejected: messages}."""
 
     # pairs per optimizer step, over all processes
-    batch: Positive = 256
+    batch: Positive = 128
     # times that each row is seen
     epochs: Positive = 1
-    # tokens of a conversation; what is longer loses its end
-    max_length: TwoOrMore = 2048
-    # leave out rows in which nothing is left to compare, instead of naming them
+    # leave out rows in which there is nothing to compare, instead of naming them
     drop: bool = False
 
 
 @dataclass(frozen=True)
-class DPOSettings(RewardModelSettings):
-    """Direct preference optimization: rows as for the reward model."""
+class RewardModelSettings(PairSettings):
+    """Reward model (open-instruct reward_modeling.py)."""
 
     # pairs per optimizer step, over all processes
-    batch: Positive = 128
+    batch: Positive = 256
+    # tokens of a prompt; pairs with a longer one are left out, and nothing is cut
+    prompt_length: Positive = 2048
+    # of AdamW: decay of all weights (torch's default, which was left as it is)
+    weight_decay: NotNegative = 0.01
+
+
+@dataclass(frozen=True)
+class DPOSettings(PairSettings):
+    """Direct preference optimization (open-instruct dpo_tune_cache.py)."""
+
+    # tokens of a conversation; what is longer loses its end
+    max_length: TwoOrMore = 2048
     # with --normalize; 0.1 is usual without
     beta: NotNegative = 5.0
     # scores are means over tokens (dpo_norm), not sums
@@ -175,8 +186,8 @@ def train_dpo(c: DPOSettings, run: Run) -> None:
     dpo_tune_cache.py).
     """
     tokenizer = instruct_tokenizer(c.init)
-    pairs = read_pairs(Source(c.data, c.seed), c, tokenizer)
-    val = read_pairs(held_out_rows(c, c.val), c, tokenizer)
+    pairs = read_pairs(Source(c.data, c.seed), c, tokenizer, c.max_length)
+    val = read_pairs(held_out_rows(c, c.val), c, tokenizer, c.max_length)
     questions = run_on_all_ranks(read_prompts, held_out_rows(c, c.quiz), tokenizer)
     held_out = HeldOut(tokenizer, val, questions)
     steps = number_of_steps(c, len(pairs), c.batch, c.epochs)
@@ -240,13 +251,13 @@ def dpo_scores(model: OLMo2, normalize: bool, tokens: Tensor, targets: Tensor) -
 def train_reward_model(c: RewardModelSettings, run: Run) -> None:
     """Train a head of one column, read at the last token of a conversation, on the SFT model.
 
-    Source: open-instruct reward_modeling.py.
+    Conversations are whole, and without BOS. Source: open-instruct reward_modeling.py.
     """
-    tokenizer = instruct_tokenizer(c.init)
-    pairs = read_pairs(Source(c.data, c.seed), c, tokenizer)
-    val = read_pairs(held_out_rows(c, c.val), c, tokenizer)
+    tokenizer = instruct_tokenizer(c.init, chat_bos=False)
+    model = load_model(c, c.init, run, longest=c.prompt_length, head="score")
+    pairs = read_whole_pairs(Source(c.data, c.seed), c, tokenizer, model.config.context)
+    val = read_whole_pairs(held_out_rows(c, c.val), c, tokenizer, model.config.context)
     steps = number_of_steps(c, len(pairs), c.batch, c.epochs)
-    model = load_model(c, c.init, run, longest=c.max_length, head="score")
     optimizer = make_optimizer(model, c)
     score = functools.partial(reward_scores, model)
     begin_stage(c, run, what_is_trained(model, optimizer, tokenizer), pairs, c.batch, steps)
@@ -287,7 +298,7 @@ def train_reward_model(c: RewardModelSettings, run: Run) -> None:
 
 
 def reward_scores(model: OLMo2, tokens: Tensor, targets: Tensor) -> Tensor:
-    """[2 b], at the assistant's last token: the final EOS, or where the row was cut."""
+    """[2 b], at the assistant's last token, the final EOS."""
     last = last_target_index(targets) + 1  # position t of the targets holds token t + 1
     return model.scores(tokens).gather(1, last[:, None])[:, 0]
 
@@ -306,12 +317,32 @@ def last_target_index(targets: Tensor) -> Tensor:
 
 
 def read_pairs(
-    source: Source, c: RewardModelSettings, tokenizer: Tokenizer
-) -> list[tuple[Example, ...]]:
+    source: Source, c: PairSettings, tokenizer: Tokenizer, max_length: int | None
+) -> Pairs:
     """Chosen and rejected conversations, on every rank. Raises UserError."""
     return run_on_all_ranks(
-        read_examples, source, ("chosen", "rejected"), tokenizer, c.max_length, c.drop
+        read_examples, source, ("chosen", "rejected"), tokenizer, max_length, c.drop
     )
+
+
+def read_whole_pairs(
+    source: Source, c: RewardModelSettings, tokenizer: Tokenizer, context: int
+) -> Pairs:
+    """Pairs of which nothing is cut; those with a long prompt, or too long at all, are left out."""
+    pairs = read_pairs(source, c, tokenizer, max_length=None)
+    kept = []
+    for pair in pairs:
+        prompt = max(example.n_prompt for example in pair)
+        longest = max(len(example.tokens) for example in pair)
+        if prompt <= c.prompt_length and longest <= context:
+            kept.append(pair)
+    if len(kept) < len(pairs):
+        print(
+            f"          {len(pairs) - len(kept):,} of {len(pairs):,} pairs have a prompt of more "
+            f"than {c.prompt_length:,} tokens, or more than the model's {context:,} in all, and "
+            "are left out"
+        )
+    return kept
 
 
 def score_pairs(model: OLMo2, pairs: Pairs, c: StageSettings, score) -> Tensor:
@@ -411,7 +442,7 @@ def make_preference_pairs(c: PrefsSettings, run: Run) -> None:
 
 def read_splits(c: PrefsSettings, tokenizer: Tokenizer) -> dict[str, list[Prompt]]:
     """split -> prompts, on every rank: whole steps of --data, --questions of --val."""
-    limits = (tokenizer, c.prompt_length, c.shots)
+    limits = (tokenizer, c.prompt_length, c.shots, c.verifier)
     train = run_on_all_ranks(read_prompts, Source(c.data, c.seed), *limits)
     steps = max(1, round(c.share * (c.steps or math.ceil(len(train) / c.prompts))))
     splits = {"train": train[: steps * c.prompts]}
@@ -518,8 +549,13 @@ class PairMaker:
     def score(self, completions: list[Completion]) -> list[float]:
         """Of each answer: its verifier's verdict, or the reward model's at its last token."""
         if self.judge is None:
-            return [self.c.reward * (answer.right and answer.ended) for answer in completions]
-        rows = [(answer.example,) for answer in completions]
+            return [self.c.reward * answer.score * answer.ended for answer in completions]
+        # A reward model reads no BOS, if it was trained without one.
+        skip = int(self.tokenizer.chat_bos and not instruct_tokenizer(self.c.judge).chat_bos)
+        rows = []
+        for answer in completions:
+            tokens, mask = answer.example.tokens, answer.example.loss_mask
+            rows.append((Example(tokens[skip:], mask[skip:]),))
         values = score_rows(self.judge, rows, self.c, lambda tokens, _: self.judge.scores(tokens))
         ends = [len(example.tokens) - 1 for (example,) in rows]
         return [value[0, end].item() for value, end in zip(values, ends)]

@@ -337,7 +337,8 @@ class OLMo2(nn.Module):
             else:
                 std = initial_std(name, parameter.shape[1], self.config)
                 stream = [seed, zlib.crc32(name.encode())]
-                fill_truncated_normal(part.view(-1), std, stream, start)
+                cut = 6 if name == "score.weight" else 3  # of it, one in 500 million lies beyond
+                fill_truncated_normal(part.view(-1), std, stream, start, cut)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.lm_head(self.model(tokens)).float()
@@ -453,19 +454,21 @@ def initial_std(name: str, fan_in: int, c: ModelConfig) -> float:
     return c.embed_std if "embed_tokens" in name else 0.02
 
 
-def fill_truncated_normal(out: Tensor, std: float, stream: list[int], start: int) -> None:
-    """Fill out [n] with the numbers start, start + 1, ... of a random stream, cut at 3 std.
+def fill_truncated_normal(
+    out: Tensor, std: float, stream: list[int], start: int, cut: float = 3.0
+) -> None:
+    """Fill out [n] with the numbers start, start + 1, ... of a random stream, cut at `cut` std.
 
     A uniform number becomes a normal one by the inverse of the normal's distribution function.
     That keeps number and place together: drawing again until a number fits would not.
     """
-    cut = math.erf(3 / math.sqrt(2))  # the share of a normal within 3 std
+    share = math.erf(cut / math.sqrt(2))  # of a normal: what lies within the cut
     for piece in out.split(2**24):  # 64 MiB at a time
         bits = np.random.PCG64(stream).advance(start // 2)  # one draw of 64 bits makes two numbers
         odd = start % 2
         uniform = np.random.Generator(bits).random(len(piece) + odd, np.float32)[odd:]  # in [0, 1)
-        normal = torch.from_numpy(uniform).mul_(2 * cut).sub_(cut).erfinv_()  # of std 1 / sqrt(2)
-        piece.copy_(normal.mul_(std * math.sqrt(2)).clamp_(-3 * std, 3 * std))
+        normal = torch.from_numpy(uniform).mul_(2 * share).sub_(share).erfinv_()  # std 1 / sqrt(2)
+        piece.copy_(normal.mul_(std * math.sqrt(2)).clamp_(-cut * std, cut * std))
         start += len(piece)
 
 

@@ -20,6 +20,7 @@ Shapes: B rows of the global batch, b of them in a micro-batch, T tokens of an i
 """
 
 import functools
+import itertools
 import math
 import os
 import sys
@@ -54,7 +55,6 @@ from infra.checkpoint import (
 from infra.distributed import (
     all_gather_objects,
     all_reduce_when,
-    all_sum,
     batch_layout,
     inference,
     on_rank_zero,
@@ -107,6 +107,8 @@ def train(c: Config, run: Run) -> None:
         evaluate(c, run, model, tokenizer, text)  # what there was before
 
     tokens_per_step = c.batch * c.seq_len
+    # Those of instances without loss (--mask-repeats) count, too, as upstream.
+    n_targets = c.batch * (c.seq_len - 1)  # of all ranks
     was_finished = run.step >= steps
     for step in run.steps(steps, model.config.flops_per_token(c.seq_len)):
         # 1. learning rate
@@ -115,7 +117,6 @@ def train(c: Config, run: Run) -> None:
 
         # 2. gradient, a micro-batch at a time
         tokens, targets = read_batch(text.train, step, c, run)  # [B / ranks, T]
-        n_targets = all_sum((targets != -100).sum().to(run.device)).clamp(min=1)  # of all ranks
         for x, y, is_last in micro_batches(tokens, targets, c.micro_batch, run.device):  # [b, T]
             all_reduce_when(is_last, model)
             ce_sum, z_sum, _ = model.loss(x, y, c.z_loss)
@@ -124,7 +125,7 @@ def train(c: Config, run: Run) -> None:
 
         # 3. clip, and step unless loss or gradient spikes
         grad_norm = clip_gradients(model, c.clip)
-        sums = run.all_sum(divide_by=n_targets)
+        sums = run.all_sum(divide_by=n_targets)  # and hears of signals, see run.stop
         accepted = skip_step(sums["loss"], grad_norm)
         if accepted:
             optimizer.step()
@@ -179,9 +180,17 @@ def make_optimizer(model: OLMo2, c: Config) -> torch.optim.AdamW:
         {"params": [embedding], "weight_decay": 0.0},
         {"params": rest, "weight_decay": c.weight_decay},
     ]
+    return adamw(groups, c)
+
+
+def adamw(groups: list[dict], c) -> torch.optim.AdamW:
+    """AdamW of groups {"params", "weight_decay"}, with moments of zero; c: as for make_optimizer.
+
+    Its first step would make them; here, they can be saved or loaded before.
+    """
     betas = (c.beta1, c.beta2)
     optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=betas, eps=c.eps, fused=True)
-    for p in model.parameters():  # as AdamW's first step would; here, to save or load them before
+    for p in itertools.chain(*[group["params"] for group in groups]):
         optimizer.state[p] = {
             "step": torch.zeros((), device=p.device),
             "exp_avg": torch.zeros_like(p),
@@ -263,10 +272,11 @@ def find_text(c: Config, tokenizer: Tokenizer) -> Text:
 def mixed_text(c: Config, tokenizer: Tokenizer) -> Text:
     """As many instances as the run takes, of several sources by their shares."""
     mix = mix_sources(c.mix, "train", tokenizer)
-    files, counts = mix_files(mix, number_of_steps(c) * c.batch, c.seq_len)
+    chunks = math.ceil(number_of_steps(c) * c.batch / c.chunk)
+    files, counts = mix_files(mix, chunks, c.chunk * c.seq_len)
     held_out = mix_sources(c.mix, "val", tokenizer)
     return Text(
-        train=TokenData(files, c.seq_len, tokenizer, counts),
+        train=TokenData(files, c.seq_len, tokenizer, counts, c.chunk),
         val={source: files for source, (_, files) in held_out.items() if files},
         shares={source: share for source, (share, _) in mix.items()},
     )
@@ -277,7 +287,7 @@ def plain_text(c: Config, tokenizer: Tokenizer) -> Text:
     sources = c.data or [embedded_corpus(tokenizer)]
     held_out = [source for source in sources if Path(source, "val").is_dir()]
     return Text(
-        train=TokenData(token_files(sources, "train"), c.seq_len, tokenizer),
+        train=TokenData(token_files(sources, "train"), c.seq_len, tokenizer, chunk=c.chunk),
         val=by_source(token_files(held_out, "val")),
         shares={},
     )

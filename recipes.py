@@ -61,6 +61,9 @@ class PretrainSettings(RunSettings):
     init_seed: Count = 6198
     # index of the first epoch in the order's seed: OLMo 0, OLMo-core 1
     first_epoch: Count = 0
+    # neighbouring instances that stay together in the shuffled order; a file's tail below that is
+    # dropped
+    chunk: Positive = 1
     # no loss on instances with an n-gram 32 times in a row (paper section 3.1)
     mask_repeats: bool = True
 
@@ -83,7 +86,7 @@ class PretrainSettings(RunSettings):
     eps: AboveZero = 1e-8
     # of everything, norms and head too, but the input embedding (paper Fig. 10)
     weight_decay: NotNegative = 0.1
-    # coefficient of the squared log-normaliser (paper Table 1)
+    # coefficient of the squared log-normaliser (paper Table 1; what ran is in the recipes)
     z_loss: NotNegative = 1e-5
     # SkipStep: skip when loss or gradient norm is so many standard deviations above the last 128
     # steps; 0: only if not finite
@@ -122,11 +125,18 @@ class PretrainSettings(RunSettings):
 # Stage 1: recipes
 #
 # Published: official yamls and launch scripts of OLMo (1B, 7B, 13B) and OLMo-core (32B); paper
-# Table 3. Where they disagree: the 13B ran at 9e-4 (Table 3 and its launch script; the yaml says
-# 3e-4), and 1B to 13B warmed up over 8.39B tokens (yamls; the paper says 2,000 steps). Steps are
-# those of the last released stage-1 checkpoint. Layouts (launch scripts): 1B and 13B sharded within
-# a node of 8 GPUs, the 7B's 512 GPUs held 2 replicas, the 32B's 1,024 held 4. On these the 32B
-# recomputed the MLPs, on fewer GPUs whole blocks.
+# Table 3. Steps are those of the last released stage-1 checkpoint. Where the sources disagree, the
+# value is the one that ran:
+#   13B rate       9e-4 by Table 3 and the launch script; its yaml says 3e-4
+#   warm-up        8.39B tokens by the yamls of 1B to 13B; the paper says 2,000 steps for all
+#   z-loss         1e-4 in 1B to 13B: the code (OLMo olmo/train.py) never reads the 1e-5 of yamls
+#                  and paper, and uses its own default
+#   32B optimizer  began with AdamW; SkipStep came after two weeks, and never advanced Adam's step
+#                  (OLMo-core, branch 32B), which hardly matters so late
+#   32B order      of pairs of instances: its script sets max_target_sequence_length to 8,192
+# Layouts (launch scripts): 1B and 13B sharded within a node of 8 GPUs, the 7B's 512 GPUs held 2
+# replicas, the 32B's 1,024 held 4. On these the 32B recomputed the MLPs, on fewer GPUs whole
+# blocks.
 
 RELEASED = ("1B", "7B", "13B", "32B")
 
@@ -159,18 +169,18 @@ PRETRAIN: dict[str, dict] = {
     # Released.
     "1B": dict(
         lr=4e-4, batch=512, micro_batch=4, tokens=1_907_359 * 512 * 4096,  # 4.0T
-        shard=8, reshard=False, compile=True, sample="The meaning of life is"),
+        z_loss=1e-4, shard=8, reshard=False, compile=True, sample="The meaning of life is"),
     "7B": dict(
         lr=3e-4, batch=1024, micro_batch=2, tokens=928_646 * 1024 * 4096,  # 3.9T, one epoch
-        shard=256, recompute=0.25, compile=True, sample="The meaning of life is"),
+        z_loss=1e-4, shard=256, recompute=0.25, compile=True, sample="The meaning of life is"),
     "13B": dict(
         lr=9e-4, batch=2048, micro_batch=2, tokens=596_057 * 2048 * 4096,  # 5.0T
-        shard=8, recompute=0.5, compile=True, sample="The meaning of life is"),
+        z_loss=1e-4, shard=8, recompute=0.5, compile=True, sample="The meaning of life is"),
     "32B": dict(
         lr=6e-4, batch=2048, micro_batch=2, tokens=721_901 * 2048 * 4096,  # 6.1T
         warmup=2000 * 2048 * 4096, horizon=774_861 * 2048 * 4096,  # 2,000 steps; 6.5T
-        seed=34_521, init_seed=12_536, first_epoch=1, skip_sigma=6.0, mask_repeats=False,
-        shard=256, recompute=1.0, recompute_part="mlp", compile=True,
+        seed=34_521, init_seed=12_536, first_epoch=1, chunk=2, skip_sigma=6.0,
+        mask_repeats=False, shard=256, recompute=1.0, recompute_part="mlp", compile=True,
         sample="The meaning of life is"),
 }
 # fmt: on
@@ -254,9 +264,16 @@ LAPTOP_MIX = ("prose=30", "math=45", "qa=15", "instruct=10")
 # Post-training
 #
 # Published: open-instruct docs/olmo2.md (1B) and scripts/train/olmo2/*.sh (7B, 13B), paper Tables
-# 17, 18 and 26, the 32B's card. Where they disagree: the 13B's SFT batch is 64 in its script and
-# 128 in the paper; the 7B's PPO beta 0.05 in Table 18 and 0.07 in the text; the 32B's GRPO beta
-# 0.01 on its card and 0.1 in the text. SFT's warm-up is 0.03 in every script (a caption says 0.3).
+# 17, 18 and 26, the 32B's card. Where they disagree:
+#   7B rates       SFT 2e-5, DPO 1e-6 by the scripts, taken here; 1e-5 and 8e-7 in the archived
+#                  launches of December 2024 and in olmo2_1124_7b_sft.yaml
+#   SFT mixture    of 7B and 13B: November's by paper and yaml, taken here; the scripts name that of
+#                  February (-0225)
+#   SFT warm-up    0.03 in every script; a caption says 0.3
+#   13B SFT batch  128 by the paper, taken here; 64 in its script
+#   32B BOS        none on its card, taken here; its script passes --add_bos
+#   7B PPO beta    0.05 in Table 18, taken here; 0.07 in the text
+#   32B GRPO beta  0.01 on its card, taken here; 0.1 in the text
 # Micro-batches, recomputation and how often to save are ours.
 
 TULU_1124 = ("allenai/tulu-3-sft-olmo-2-mixture",)
@@ -301,7 +318,7 @@ POSTTRAIN: dict[str, dict[str, dict]] = {
     },
     "rm": {
         "tiny": dict(  # ours
-            lr=5e-4, batch=32, micro_batch=16, max_length=128, response_length=48, questions=400),
+            lr=5e-4, batch=32, micro_batch=16, prompt_length=80, questions=400),
         "7B": dict(lr=3e-6, eps=1e-5, data=PAIRS_7B, drop=True, micro_batch=1, recompute=1.0),
         "13B": dict(lr=3e-6, eps=1e-5, data=PAIRS_13B, drop=True, micro_batch=1, recompute=1.0),
     },
@@ -332,9 +349,11 @@ POSTTRAIN: dict[str, dict[str, dict]] = {
         "tiny": dict(  # ours
             data=LAPTOP_QUIZ, quiz=LAPTOP_QUIZ, prompts=16, samples=8, prompt_length=80,
             response_length=48, steps=40, lr=3e-4, micro_batch=16, eval_every=20),
-        "1B": dict(  # 2,000,000 episodes
+        # 2,000,000 episodes. Its micro-batches were of one answer, so that a token counts by the
+        # length of its answer.
+        "1B": dict(
             lr=5e-7, schedule="constant", prompts=48, steps=2604, data=RLVR_MIX,
-            save_every=20, keep=0),
+            denominator="sequence", save_every=20, keep=0),
         "32B": dict(  # of 10M episodes planned, step 320 was released
             lr=5e-7, schedule="constant", prompts=112, steps=320, data=RLVR_MIX,
             save_every=20, keep=0, micro_batch=1, recompute=1.0),

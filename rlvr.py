@@ -29,7 +29,7 @@ from infra.run import Run
 from infra.settings import AboveZero, NotNegative, Number, Positive, Share, TwoOrMore
 from likelihood import pad_rows
 from model import OLMo2
-from pretrain import make_optimizer, set_lr, what_is_trained
+from pretrain import set_lr, what_is_trained
 from sft import (
     Completion,
     HeldOut,
@@ -43,6 +43,7 @@ from sft import (
     instruct_tokenizer,
     load_model,
     lr_at,
+    make_optimizer,
     micro_batches,
     number_of_steps,
     record_eval,
@@ -241,6 +242,8 @@ class RolloutSettings(SamplingSettings):
     round: Positive = 1
     # ratios of new to old probability count between 1 - this and 1 + this
     clip_range: AboveZero = 0.2
+    # of AdamW: decay of all weights (torch's default, which was left as it is)
+    weight_decay: NotNegative = 0.01
 
 
 @dataclass(frozen=True)
@@ -371,6 +374,7 @@ def train_ppo(c: PPOSettings, run: Run) -> None:
     value_optimizer = make_optimizer(value, c)
     trained = with_value_model(what_is_trained(model, optimizer, tokenizer), value, value_optimizer)
     begin_stage(c, run, trained, prompts, c.prompts, steps)
+    updates = c.passes * c.minibatches  # of a step
     if run.step == 0:
         record_eval(c, run, model, held_out, {})
 
@@ -385,11 +389,11 @@ def train_ppo(c: PPOSettings, run: Run) -> None:
         run.add(kl=estimates.k1.sum().to(run.device))
 
         # 3. optimizer steps of both models, over mini-batches of the rollouts
-        lr = lr_at(step, steps, c)
-        set_lr(optimizer, lr)
-        set_lr(value_optimizer, lr * (c.value_lr or c.lr) / c.lr)
         norms = []
-        for part in rollouts.parts * c.passes:
+        for update, part in enumerate(rollouts.parts * c.passes, step * updates):
+            lr = lr_at(update, steps * updates, c)  # it falls within a step, too
+            set_lr(optimizer, lr)
+            set_lr(value_optimizer, lr * (c.value_lr or c.lr) / c.lr)
             n_tokens, _ = count_tokens([rollouts.examples[n] for n in part])  # of all ranks
             for rows, tokens, targets in rollouts.micro_batches(part, c.micro_batch, run):
                 mask = (targets != -100).float()  # [b, T]
@@ -473,7 +477,7 @@ class Rollouts:
 
 def read_rlvr_prompts(c: RolloutSettings, source: Source, tokenizer: Tokenizer) -> list[Prompt]:
     """Prompts that are short enough, with worked examples where they are GSM8K's."""
-    return read_prompts(source, tokenizer, c.prompt_length, c.shots)
+    return read_prompts(source, tokenizer, c.prompt_length, c.shots, c.verifier)
 
 
 def sample_rollouts(
@@ -506,8 +510,9 @@ def sample_rollouts(
     old_logprobs = [answer.log_probs for answer in completions]
     if run.device.type == "cuda":
         old_logprobs = score_log_probs(model, examples, c)
+    # Their scores are those of the rows' verifiers, VERIFIERS in tasks/conversations.py.
     rewards = torch.tensor(
-        [c.reward * answer.right if answer.ended else c.no_eos for answer in completions]
+        [c.reward * answer.score if answer.ended else c.no_eos for answer in completions]
     )
     n_tokens, stats = rollout_stats(completions, rewards, c)
     here = len(rows) // c.minibatches
@@ -521,7 +526,7 @@ def rollout_stats(
     """(tokens of all answers, means over answers; signal: share of groups of unequal rewards)."""
     groups = rewards.view(-1, c.samples)
     unequal = (groups != groups[:, :1]).any(1).sum()
-    counts = [(answer.length, answer.right, answer.ended) for answer in completions]
+    counts = [(answer.length, answer.score, answer.ended) for answer in completions]
     mine = [*np.sum(counts, axis=0), rewards.sum(), unequal]
     n_tokens, right, ended, reward, signal = all_sum(
         torch.tensor(mine, dtype=torch.float64)

@@ -56,10 +56,9 @@ from infra.settings import (
 )
 from likelihood import length_sorted_batches, pad_rows
 from model import ModelConfig, OLMo2, read_config
-from pretrain import clip_gradients, make_optimizer, set_lr, what_is_trained
+from pretrain import adamw, clip_gradients, set_lr, what_is_trained
 from recipes import LAPTOP_MIX
 from tasks.conversations import (
-    VERIFIERS,
     Example,
     Prompt,
     Source,
@@ -104,7 +103,7 @@ class StageSettings(RunSettings):
     lr: AboveZero = 1e-6
     # linear: to 0 at the end
     schedule: Literal["linear", "constant"] = "linear"
-    # share of the steps in which the rate rises from 0
+    # share of the steps in which the rate rises, from 0 at the first
     warmup: Share = 0.0
     # of AdamW: share of the old mean of gradients that a step keeps (open-instruct finetune.py)
     beta1: BelowOne = 0.9
@@ -112,7 +111,7 @@ class StageSettings(RunSettings):
     beta2: BelowOne = 0.999
     # of AdamW
     eps: AboveZero = 1e-8
-    # of AdamW: decay of all weights but the input embedding
+    # of AdamW: decay of all weights, of the input embedding, too
     weight_decay: NotNegative = 0.0
 
 
@@ -137,7 +136,7 @@ class SFTSettings(StageSettings):
 
 @dataclass(frozen=True)
 class SamplingSettings(StageSettings):
-    """Rows {messages, ground_truth, dataset}: `dataset` names the verifier."""
+    """Rows {messages, ground_truth, dataset}: `dataset` names the verifier, unless you do."""
 
     # prompts per step, over all processes
     prompts: Positive = 48
@@ -147,10 +146,13 @@ class SamplingSettings(StageSettings):
     temperature: AboveZero = 1.0
     # tokens of a prompt; longer ones are left out
     prompt_length: Positive = 2048
-    # of a right answer
+    # of a right answer; a score between 0 and 1 earns its part
     reward: NotNegative = 10.0
     # rows {question, answer}, GSM8K's own layout, get the first so many of their file as examples
     shots: Count = 8
+    # FILE.py:FUNCTION that scores the answers to all rows, whatever their `dataset` names: code
+    # that runs in this process (docs/posttrain.md)
+    verifier: str = ""
 
 
 # ------------------------------------------------------------------------------------------
@@ -160,7 +162,9 @@ class SamplingSettings(StageSettings):
 def train_sft(c: SFTSettings, run: Run) -> None:
     """Minimise the cross-entropy of what the assistant says; each token of a batch counts the same.
 
-    Source: Tulu 3 (arXiv 2411.15124); open-instruct finetune.py.
+    Source: Tulu 3 (arXiv 2411.15124); open-instruct finetune.py. There the loss is the sum over the
+    tokens, not the mean, and the gradient's norm is clipped to 1: so every step's gradient has norm
+    1. The gradient of a mean is hardly ever clipped. Both point the same way.
     """
     tokenizer = instruct_tokenizer(c.init, c.bos)
     rows = read_sft_rows(c, tokenizer)
@@ -391,16 +395,24 @@ def count_tokens(rows: list[tuple[Example, ...]]) -> list[float]:
 def lr_at(step: int, steps: int, c: StageSettings) -> float:
     """The rate of a step (from 0): linear warm-up, then constant, or a line to 0.
 
-    >>> c = SFTSettings(lr=1.0, warmup=0.2)
+    The warm-up begins at 0, so its first step changes nothing. Source: transformers
+    get_scheduler, as open-instruct calls it.
+
+    >>> c = SFTSettings(lr=1.0, warmup=0.25)
     >>> [round(lr_at(step, 10, c), 3) for step in (0, 1, 2, 9)]
-    [0.5, 1.0, 1.0, 0.125]
+    [0.0, 0.5, 1.0, 0.125]
     """
-    warmup = round(steps * c.warmup)
+    warmup = int(steps * c.warmup)
     if step < warmup:
-        return c.lr * (step + 1) / warmup
+        return c.lr * step / warmup
     if c.schedule == "constant":
         return c.lr
     return c.lr * ((steps - step) / (steps - warmup))
+
+
+def make_optimizer(model: OLMo2, c: StageSettings) -> torch.optim.AdamW:
+    """AdamW over all parameters alike; in pretraining the input embedding does not decay."""
+    return adamw([{"params": list(model.parameters()), "weight_decay": c.weight_decay}], c)
 
 
 def take_step(model: OLMo2, optimizer: torch.optim.Optimizer, clip: float) -> float:
@@ -427,7 +439,7 @@ class Completion:
     log_probs: Tensor  # of the targets, as they were sampled [T], 0 elsewhere
     text: str  # without EOS
     ended: bool  # by EOS, in time
-    right: bool
+    score: float  # the verifier's, from 0 (wrong) to 1 (right)
 
     @property
     def length(self) -> int:
@@ -495,7 +507,7 @@ def complete_prompt(
         log_probs=F.pad(torch.tensor(log_probs), (n_prompt - 1, 1)),
         text=text,
         ended=ended,
-        right=VERIFIERS[prompt.verifier](text.strip(), prompt.label),
+        score=prompt.score(text.strip()),
     )
 
 
@@ -537,9 +549,9 @@ def score_completions(
 
     completions = map_over_ranks(questions, answer)
     # All sources at once, so that `exact` comes after them.
-    hits: dict[str, list[bool]] = {f"{question.source} %": [] for question in questions}
+    hits: dict[str, list[float]] = {f"{question.source} %": [] for question in questions}
     for question, completion in zip(questions, completions):
-        hits[f"{question.source} %"].append(completion.right)
+        hits[f"{question.source} %"].append(completion.score)
         if question.exact:
             hits.setdefault("exact %", []).append(completion.text.strip() == question.exact)
     hits["format %"] = [made.ended and "<|" not in made.text for made in completions]

@@ -7,8 +7,8 @@
     python soup.py runs/tiny/soup/soup.json --out again     # once more, from the record
 
 What this stage teaches: runs that begin at the same weights and see the same data in another order
-end in one basin. On the straight line between two of them the loss falls, and in the middle it is
-lower than at both ends (paper section 4.5, Table 14). The figure shows these lines.
+end in one basin. On the straight line between two of them the loss lies below what one would expect
+from its ends, often below both (paper section 4.5, Table 14). The figure shows these lines.
 
 The average is plain: sum in fp32, divide, convert to the first ingredient's dtype (as OLMo-core's
 merge_hf_checkpoints.py). It is made a tensor at a time, so the size of a model does not matter;
@@ -16,7 +16,7 @@ scoring needs one model in memory, the figure three (--points 0: no figure). The
 and 32B are such soups, of their anneals in equal parts; the 1B is its third anneal alone.
 
 A soup is a folder, runs/<size>/soup: hf/ (the weights), soup.json (what is in it, with the sha256
-of each ingredient's values, and all scores) and soup.png.
+of each ingredient's values, all scores, and the values on the lines) and soup.png.
 """
 
 import hashlib
@@ -435,15 +435,24 @@ AXES = dict(
 )
 
 
-def plot(soup: dict[str, float], rows: dict[str, dict], scores: Scores, path: Path) -> None:
-    """Measure the lines between all pairs of ingredients; draw them and the soup."""
-    curves = []
+def measure_lines(soup: dict[str, float], rows: dict[str, dict], scores: Scores) -> list[dict]:
+    """{from, to, mix bpb: [points]} of the lines between all pairs of ingredients."""
+    lines = []
     pairs = list(combinations(soup, 2))  # tqdm wants to know how many
     for one, other in tqdm(pairs, desc="figure", unit=" lines", disable=None, leave=False):
-        y = scores.line(one, other, (rows[one]["mix bpb"], rows[other]["mix bpb"]))
+        values = scores.line(one, other, (rows[one]["mix bpb"], rows[other]["mix bpb"]))
+        lines.append({"from": one, "to": other, "mix bpb": values})
+    return lines
+
+
+def plot(lines: list[dict], level: float, path: Path) -> None:
+    """Draw the lines, and the soup's bits per byte."""
+    curves = []
+    for line in lines:
+        y = line["mix bpb"]
         x = torch.linspace(0, 1, len(y)).tolist()
-        curves.append(Curve(x, y, f"{one} to {other}", {"marker": "."}))
-    curves.append(Curve([0, 0.5, 1], [rows["soup"]["mix bpb"]] * 3, "soup", STAR))
+        curves.append(Curve(x, y, f"{line['from']} to {line['to']}", {"marker": "."}))
+    curves.append(Curve([0, 0.5, 1], [level] * 3, "soup", STAR))
     plot_curves(path, [Panel("", curves, AXES)], size=(7, 4.5))
     print(f"figure {path}")
 
@@ -498,7 +507,9 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"held-out text: {', '.join(shares)}")
     print_table(rows, digits=4)
     if c.points and len(soup) > 1:
-        plot(soup, rows, scores, out / "soup.png")
+        record["lines"] = measure_lines(soup, rows, scores)
+        write_json(out / "soup.json", record)
+        plot(record["lines"], rows["soup"]["mix bpb"], out / "soup.png")
     print(f'next: python sample.py {out} "The"')
 
 

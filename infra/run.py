@@ -265,12 +265,17 @@ def create_or_resume_run(
     for left in [*run.glob(".saving-*"), *run.glob(".old-hf")]:  # of a process that died in a save
         shutil.rmtree(left)
     config = {}
-    for name, value in json.loads(json.dumps(asdict(settings))).items():
+    for name, value in as_json(settings).items():
         config[name] = {"value": value, "from": origin[name]}
-    if (run / "run.json").exists() and (list_states(run) or read_metrics(run)):
-        check_same_run(run, stage, config, settings.MAY_CHANGE, data["hash"], start)
     record = {"stage": stage, "config": config, "start": start, "data": data}
+    if (run / "run.json").exists() and (list_states(run) or read_metrics(run)):
+        check_same_run(run, record, settings)
     write_json(run / "run.json", record | describe_machine())
+
+
+def as_json(settings: RunSettings) -> dict:
+    """{setting: value} as they stand in run.json: tuples are lists."""
+    return json.loads(json.dumps(asdict(settings)))
 
 
 def check_writable(run: Path) -> None:
@@ -285,25 +290,28 @@ def check_writable(run: Path) -> None:
         ) from None
 
 
-def check_same_run(
-    run: Path, stage: str, config: dict, may_change: frozenset, data_hash: str, start: str | None
-) -> None:
-    """Raise UserError if the run there is of another stage or began with other settings."""
+def check_same_run(run: Path, record: dict, settings: RunSettings) -> None:
+    """Raise UserError if the run there is of another stage or began with other settings.
+
+    record: what is to stand in run.json now.
+    """
     before = read_json(run / "run.json")
     there = stage_of(before)
-    if there != stage:
+    if there != record["stage"]:
         raise UserError(
-            f"{run} is a run of {there}, not of {stage}: choose another folder with --out"
+            f"{run} is a run of {there}, not of {record['stage']}: choose another folder with --out"
         )
     changed = []
-    for name, entry in config.items():
-        old = before["config"].get(name, entry)["value"]
-        if name not in may_change and old != entry["value"]:
+    # A setting that did not exist yet when the run began: it did what the default does.
+    defaults = as_json(type(settings)())
+    for name, entry in record["config"].items():
+        old = before["config"].get(name, {"value": defaults[name]})["value"]
+        if name not in settings.MAY_CHANGE and old != entry["value"]:
             changed.append(f"{name} {old} -> {entry['value']}")
-    if before["data"]["hash"] != data_hash:
-        changed.append(f"data {before['data']['hash']} -> {data_hash}")
-    if before.get("start") != start:
-        changed.append(f"what is in {config['init']['value']}, which has been made anew")
+    if before["data"]["hash"] != record["data"]["hash"]:
+        changed.append(f"data {before['data']['hash']} -> {record['data']['hash']}")
+    if before.get("start") != record["start"]:
+        changed.append(f"what is in {record['config']['init']['value']}, which has been made anew")
     if changed:
         raise UserError(
             f"{run} was started with other settings ({', '.join(changed)}): go on with the old "

@@ -22,9 +22,11 @@ from pathlib import Path
 import numpy as np
 
 from infra.files import UserError, did_you_mean, json_lines
-from tasks.ifeval import ifeval_check, in_language
+from tasks.flex_match import flex_math
+from tasks.ifeval import ifeval_check, import_langdetect
+from tasks.mathematics import equal_math
 from tasks.synthetic import TASKS
-from tasks.verifiers import drop_f1, squad_f1, sympy_equal, verify_gsm8k, verify_math
+from tasks.verifiers import drop_f1, squad_f1, verify_gsm8k
 from tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------------------
@@ -72,8 +74,8 @@ CATEGORY = ("Category:", "Answer:")
 # None: a passage comes before the questions, so these are no conversations, as in the release.
 GENERATIVE: dict[str, tuple[Callable[[str, object], float], tuple[str, str] | None]] = {
     "gsm8k": (verify_gsm8k, QUESTION),
-    "minerva_math_500": (verify_math, PROBLEM),
-    **dict.fromkeys(MINERVA_MATH, (verify_math, PROBLEM)),
+    "minerva_math_500": (flex_math, PROBLEM),
+    **dict.fromkeys(MINERVA_MATH, (flex_math, PROBLEM)),
     "drop": (drop_f1, None),
     "squad": (squad_f1, None),
     "coqa": (squad_f1, None),
@@ -137,8 +139,8 @@ def check_files(task: str, benchmarks: Path) -> None:
             raise UserError("mmlu has no mmlu/*_test.csv")
     elif task not in TASKS:
         request_files(task, benchmarks)
-        if task in GENERATIVE and GENERATIVE[task][0] is verify_math:
-            sympy_equal("x", "y")  # needs the parser, as the answers will
+        if task in GENERATIVE and GENERATIVE[task][0] is flex_math:
+            equal_math("x", "y")  # needs the parser, as the answers will
 
 
 def request_files(task: str, benchmarks: Path) -> dict[str, Path]:
@@ -479,7 +481,7 @@ def read_ifeval(benchmarks: Path, questions: int = 0) -> list[dict]:
         rows.append(row)
     if not rows:
         raise UserError(f"{found[0]} holds no prompt")
-    in_language("text", "en")  # needs langdetect, as the answers will
+    import_langdetect()  # the answers will need it
     return rows[: questions or None]
 
 

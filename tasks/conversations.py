@@ -29,7 +29,8 @@ import numpy as np
 from tqdm import tqdm
 
 from infra.files import UserError, did_you_mean, join_problems, json_lines
-from tasks.ifeval import rlvr_constraint, verify_ifeval
+from tasks.constraints import verify_constraint
+from tasks.own_reward import load_reward, own_score
 from tasks.synthetic import instruct_rows, rlvr_rows
 from tasks.verifiers import is_right, verify_gsm8k, verify_math
 from tokenizer import Tokenizer, check_message
@@ -57,6 +58,12 @@ class Example:
         return int(self.loss_mask[1:].sum())
 
     @property
+    def n_prompt(self) -> int:
+        """Tokens before the assistant's last words."""
+        others = np.flatnonzero(~self.loss_mask)
+        return int(others[-1]) + 1 if len(others) else 0
+
+    @property
     def prompt(self) -> list[int]:
         """What stands before the assistant's first word."""
         return self.tokens[: int(self.loss_mask.argmax())].tolist()
@@ -68,10 +75,16 @@ class Prompt:
 
     messages: list[dict]
     tokens: list[int]  # rendered, up to and with the assistant's header
-    verifier: str
-    label: str  # the right answer, as the verifier takes it
+    verifier: str  # one of VERIFIERS, or FILE.py:FUNCTION
+    label: object  # the right answer, as the verifier takes it
     source: str  # by which it is counted
     exact: str = ""  # the answer word for word, where there is one
+
+    def score(self, answer: str) -> float:
+        """The verdict on an answer, from 0 (wrong) to 1 (right)."""
+        if self.verifier in VERIFIERS:
+            return float(VERIFIERS[self.verifier](answer, self.label))
+        return own_score(self.verifier, self.messages, answer, self.label)
 
 
 # ------------------------------------------------------------------------------------------
@@ -171,14 +184,14 @@ def read_messages(row: dict, key: str) -> list[dict]:
 
 
 def encode_conversations(
-    tokenizer: Tokenizer, conversations: Sequence[list[dict]], max_length: int
+    tokenizer: Tokenizer, conversations: Sequence[list[dict]], max_length: int | None
 ) -> list[Example]:
     """Conversations in ids; the loss mask is on the assistant's words and the EOS after them.
 
     What the assistant says is encoded apart from what stands before it, as when a model writes it.
     So an answer that begins with a line break does not change the header's last id, as it does when
     all is encoded at once (open-instruct sft_tulu_tokenize_and_truncate_v1; all other conversations
-    get the same ids either way). What exceeds max_length is cut on the right.
+    get the same ids either way). What exceeds max_length is cut on the right; None: nothing.
     """
     examples = []
     hide = int(os.environ.get("RANK", 0)) > 0 or None
@@ -191,7 +204,7 @@ def encode_conversations(
     return examples
 
 
-def join_pieces(pieces: list[list[int]], max_length: int) -> Example:
+def join_pieces(pieces: list[list[int]], max_length: int | None) -> Example:
     """An example of pieces of ids, of which every second one is the assistant's.
 
     >>> join_pieces([[1, 2], [3], [4]], 9).loss_mask.tolist()
@@ -204,7 +217,11 @@ def join_pieces(pieces: list[list[int]], max_length: int) -> Example:
 
 
 def read_examples(
-    source: Source, keys: tuple[str, ...], tokenizer: Tokenizer, max_length: int, drop: bool
+    source: Source,
+    keys: tuple[str, ...],
+    tokenizer: Tokenizer,
+    max_length: int | None,
+    drop: bool,
 ) -> list[tuple[Example, ...]]:
     """Per row the conversations under `keys`, encoded: ("messages",), or ("chosen", "rejected").
 
@@ -253,7 +270,9 @@ def fault_of_pair(row: list[list[dict]]) -> str:
     return "the two answers are the same" if chosen == rejected else ""
 
 
-def fault_of_labels(row: list[list[dict]], examples: tuple[Example, ...], max_length: int) -> str:
+def fault_of_labels(
+    row: list[list[dict]], examples: tuple[Example, ...], max_length: int | None
+) -> str:
     """Why there is nothing to learn from a row, or ""."""
     if all(example.n_targets for example in examples):
         return ""
@@ -267,13 +286,8 @@ def fault_of_labels(row: list[list[dict]], examples: tuple[Example, ...], max_le
 # Prompts: preference pairs, RLVR, held-out questions
 
 
-def verify_constraint(answer: str, label: str) -> bool:
-    """Does an answer keep to an RLVR row's constraint, a JSON object {"func_name": …}?"""
-    return verify_ifeval(answer, *rlvr_constraint(json.loads(label)))
-
-
 # The verifiers by the names in the rows' `dataset`: (answer, label) -> is it right?
-VERIFIERS: dict[str, Callable[[str, str], bool]] = {
+VERIFIERS: dict[str, Callable[..., bool]] = {
     "gsm8k": verify_gsm8k,
     "math": verify_math,
     "ifeval": verify_constraint,
@@ -283,15 +297,21 @@ VERIFIERS: dict[str, Callable[[str, str], bool]] = {
 
 
 def read_prompts(
-    source: Source, tokenizer: Tokenizer, prompt_length: int = 10**9, shots: int = 0
+    source: Source,
+    tokenizer: Tokenizer,
+    prompt_length: int = 10**9,
+    shots: int = 0,
+    verifier: str = "",
 ) -> list[Prompt]:
     """The prompts of at most `prompt_length` tokens, without a last message of the assistant.
 
-    shots: worked examples before each of GSM8K's own rows, see `with_worked_examples`. Raises
-    UserError.
+    shots: worked examples before each of GSM8K's own rows, see `with_worked_examples`. verifier:
+    FILE.py:FUNCTION that scores all of them, see tasks/own_reward.py. Raises UserError.
     """
+    if verifier:
+        load_reward(verifier)  # raises if there is none
     rows = with_worked_examples(source.rows(), shots)
-    prompts = parse_rows(rows, functools.partial(parse_prompt, tokenizer))
+    prompts = parse_rows(rows, functools.partial(parse_prompt, tokenizer, verifier))
     if source.names and not prompts:
         raise UserError(f"{', '.join(source.names)}: no row")
     short = [prompt for prompt in prompts if len(prompt.tokens) <= prompt_length]
@@ -309,16 +329,22 @@ def read_prompts(
     return short
 
 
-def parse_prompt(tokenizer: Tokenizer, row: dict) -> Prompt:
-    """The prompt of a row {messages, ground_truth, dataset}. Raises UserError."""
+def parse_prompt(tokenizer: Tokenizer, own_verifier: str, row: dict) -> Prompt:
+    """The prompt of a row {messages, ground_truth, dataset}. Raises UserError.
+
+    With a verifier of one's own, `dataset` need not be there, and the label may be anything.
+    """
     messages = read_messages(row, "messages")
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if not messages:
         raise UserError("there is no prompt before the assistant's message")
-    verifier = str(row.get("dataset", "")).lower()
     label = row.get("ground_truth")
-    check_label(verifier, label)
+    verifier = own_verifier
+    if not verifier:
+        verifier = str(row.get("dataset", "")).lower()
+        label = str(label) if type(label) is int else label
+        check_label(verifier, label)
     return Prompt(
         messages=messages,
         tokens=tokenizer.apply_chat_template(messages, add_generation_prompt=True),
@@ -334,9 +360,11 @@ def check_label(verifier: str, label) -> None:
     if verifier not in VERIFIERS:
         raise UserError(
             f'"dataset" names the verifier {verifier!r}{did_you_mean(verifier, VERIFIERS)}: '
-            f"there are {', '.join(VERIFIERS)}"
+            f"there are {', '.join(VERIFIERS)}; your own scores all rows with --verifier "
+            "my_rewards.py:score (see tasks/own_reward.py)"
         )
-    if not isinstance(label, str) or not label:
+    is_constraint = verifier == "ifeval" and isinstance(label, dict)
+    if not is_constraint and (not isinstance(label, str) or not label):
         raise UserError(f'expected the right answer, a text, under "ground_truth", got {label!r}')
     if verifier == "gsm8k" and not verify_gsm8k(label, label):
         raise UserError(f'"ground_truth" holds no number for gsm8k to compare: {label[:40]!r}')
@@ -402,7 +430,8 @@ def fingerprint(rows: Sequence[Prompt] | Sequence[tuple[Example, ...]]) -> str:
     digest = hashlib.sha256()
     for row in rows:
         if isinstance(row, Prompt):
-            digest.update(json.dumps([row.tokens, row.verifier, row.label]).encode())
+            text = json.dumps([row.tokens, row.verifier, row.label], default=str)
+            digest.update(text.encode())
         else:
             for example in row:
                 digest.update(example.tokens.tobytes() + example.loss_mask.tobytes())

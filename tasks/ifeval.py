@@ -12,6 +12,7 @@ import operator
 import re
 import string
 from collections.abc import Callable
+from pathlib import Path
 
 from infra.files import UserError, did_you_mean
 
@@ -55,31 +56,49 @@ def ifeval_check(instruction_id: str, kwargs: dict) -> tuple[Callable[..., bool]
         signature.bind("", **arguments)
         for name, value in arguments.items():
             check_argument(name, value, signature.parameters[name].annotation)
+        check_place(arguments.get("nth_paragraph", 1), arguments.get("num_paragraphs", 1))
     except TypeError as error:
         raise UserError(f"instruction {instruction_id} with {arguments}: {error}") from None
     return check, arguments
 
 
+# What an argument may be.
+KINDS = {int: "a whole number from 0", str: "a text, not empty", list: "a list of texts, not empty"}
+CHOICES = {"relation": ("less than", "at least"), "quantifier": ("at least", "at most", "around")}
+
+
 def check_argument(name: str, value, kind: type) -> None:
-    """Raises TypeError if the value is of another kind, no list of texts, or no known relation."""
-    elements = value if isinstance(value, list) else []
-    if not isinstance(value, kind) or not all(isinstance(word, str) for word in elements):
-        raise TypeError(f"{name} cannot be {value!r}")
-    if name.endswith("relation") and value not in RELATIONS:
-        raise TypeError(f"{value!r} is none of {', '.join(RELATIONS)}")
+    """Raise TypeError for a value that cannot be meant: every answer, or none, would follow it."""
+    if not is_kind(value, kind):
+        raise TypeError(f"{name} must be {KINDS[kind]}, not {value!r}")
+    if name == "letter" and len(value) != 1:
+        raise TypeError(f"letter must be one character, not {value!r}")
+    choices = CHOICES.get(name.rpartition("_")[2], (value,))
+    if name == "language":
+        choices = known_languages()
+    if value not in choices:
+        near = did_you_mean(value.lower(), choices)
+        raise TypeError(f"{name} {value!r}{near} must be one of {', '.join(choices)}")
 
 
-def is_around(n: int, target: int) -> bool:
-    """Within 10 % of the target, and within 1 if the target is small."""
-    return abs(n - target) <= max(1, round(target / 10))
+def is_kind(value, kind: type) -> bool:
+    """Is it of one of the KINDS?"""
+    if kind is int:
+        return type(value) is int and value >= 0
+    if kind is list:
+        return isinstance(value, list) and value != [] and all(is_kind(v, str) for v in value)
+    return isinstance(value, str) and value.strip() != ""
+
+
+def check_place(i: int, count: int) -> None:
+    """Raise TypeError unless there is an i-th of so many paragraphs, counted from 1."""
+    if not 1 <= i <= max(1, count):
+        raise TypeError(f"there is no paragraph {i} of {count}")
 
 
 RELATIONS: dict[str, Callable[[int, int], bool]] = {
     "less than": operator.lt,
     "at least": operator.ge,
-    "at most": operator.le,
-    "exactly": operator.eq,
-    "around": is_around,
 }
 
 
@@ -109,29 +128,44 @@ def letter_frequency(text: str, letter: str, let_frequency: int, let_relation: s
 # Language and case
 
 
-def in_language(text: str, language: str) -> bool:
-    """Is the text in this language (ISO 639-1)? "": any. Yes, too, if none can be detected."""
-    if not language:
-        return True
+def import_langdetect():
+    """The library that detects languages. Raises UserError where it is not installed."""
     try:
         import langdetect
     except ImportError:
         raise UserError(
-            "IFEval's instructions on language and case need langdetect: pip install langdetect"
+            "instructions on language and case need langdetect: pip install langdetect"
         ) from None
     langdetect.DetectorFactory.seed = 0  # it draws samples of the text
+    return langdetect
+
+
+def known_languages() -> list[str]:
+    """The codes of the 55 languages that can be detected: ISO 639-1, and zh-cn and zh-tw."""
+    folder = import_langdetect().detector_factory.PROFILES_DIRECTORY
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def detect_language(text: str) -> str | None:
+    """The code of a text's language; None where there is none to be seen, as in "12"."""
+    langdetect = import_langdetect()
     try:
-        return langdetect.detect(text) == language
+        return langdetect.detect(text)
     except langdetect.LangDetectException:
-        return True
+        return None
 
 
-def is_english_upper(text: str, language: str = "en") -> bool:
-    return text.isupper() and in_language(text, language)
+def in_language(text: str, language: str) -> bool:
+    """Yes, too, if no language can be detected."""
+    return detect_language(text) in (language, None)
 
 
-def is_english_lower(text: str, language: str = "en") -> bool:
-    return text.islower() and in_language(text, language)
+def is_english_upper(text: str) -> bool:
+    return text.isupper() and in_language(text, "en")
+
+
+def is_english_lower(text: str) -> bool:
+    return text.islower() and in_language(text, "en")
 
 
 def capital_word_frequency(text: str, capital_frequency: int, capital_relation: str) -> bool:
@@ -178,8 +212,8 @@ def count_sentences(text: str) -> int:
     return sentences + bool(re.search(r"\w", text[rest:]))
 
 
-def number_of_paragraphs(text: str, num_paragraphs: int, divider: str = "***") -> bool:
-    return len(parts_between(text, divider)) == num_paragraphs
+def number_of_paragraphs(text: str, num_paragraphs: int) -> bool:
+    return len(parts_between(text, "***")) == num_paragraphs
 
 
 def parts_between(text: str, divider: str) -> list[str]:
@@ -235,8 +269,8 @@ def number_of_bullets(text: str, num_bullets: int) -> bool:
 ANSWERS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 
 
-def has_option(text: str, options: list | tuple | str = ANSWERS) -> bool:
-    return any(option in text for option in options)
+def has_answer(text: str) -> bool:
+    return any(answer in text for answer in ANSWERS)
 
 
 def has_highlights(text: str, num_highlights: int) -> bool:
@@ -298,7 +332,7 @@ def has_no_comma(text: str) -> bool:
 
 
 # Instruction id -> function(response, the instruction's arguments). The names of ids and arguments
-# are the benchmark's, misspelling included. Arguments with defaults are ours, for RLVR.
+# are the benchmark's, misspelling included.
 IFEVAL: dict[str, Callable[..., bool]] = {
     "keywords:existence": has_keywords,
     "keywords:frequency": keyword_frequency,
@@ -312,7 +346,7 @@ IFEVAL: dict[str, Callable[..., bool]] = {
     "detectable_content:number_placeholders": has_placeholders,
     "detectable_content:postscript": has_postscript,
     "detectable_format:number_bullet_lists": number_of_bullets,
-    "detectable_format:constrained_response": has_option,
+    "detectable_format:constrained_response": has_answer,
     "detectable_format:number_highlighted_sections": has_highlights,
     "detectable_format:multiple_sections": has_sections,
     "detectable_format:json_format": is_json,
@@ -326,100 +360,3 @@ IFEVAL: dict[str, Callable[..., bool]] = {
     "change_case:english_lowercase": is_english_lower,
     "punctuation:no_comma": has_no_comma,
 }
-
-
-# --------------------------------------------------------------------------------------------------
-# RLVR's constraints
-
-
-# A row of RLVR's constraints names a function of open-instruct (open_instruct/if_functions.py) and
-# its arguments. Here the instruction of IFEval that asks for the same checks it: (its id, {argument
-# of the function: argument of the instruction}).
-RLVR_CONSTRAINTS: dict[str, tuple[str, dict[str, str]]] = {
-    "verify_keywords": ("keywords:existence", {"keyword_list": "keywords"}),
-    "verify_keyword_frequency": ("keywords:frequency", {"word": "keyword", "N": "frequency"}),
-    "validate_forbidden_words": (
-        "keywords:forbidden_words",
-        {"forbidden_words": "forbidden_words"},
-    ),
-    "verify_letter_frequency": (
-        "keywords:letter_frequency",
-        {"letter": "letter", "N": "let_frequency"},
-    ),
-    "validate_response_language": ("language:response_language", {"language": "language"}),
-    "verify_paragraph_count": ("length_constraints:number_paragraphs", {"N": "num_paragraphs"}),
-    "validate_word_constraint": (
-        "length_constraints:number_words",
-        {"N": "num_words", "quantifier": "relation"},
-    ),
-    "verify_sentence_constraint": (
-        "length_constraints:number_sentences",
-        {"N": "num_sentences", "quantifier": "relation"},
-    ),
-    "validate_paragraphs": (
-        "length_constraints:nth_paragraph_first_word",
-        {"N": "num_paragraphs", "i": "nth_paragraph", "first_word": "first_word"},
-    ),
-    "verify_postscript": (
-        "detectable_content:postscript",
-        {"postscript_marker": "postscript_marker"},
-    ),
-    "validate_placeholders": ("detectable_content:number_placeholders", {"N": "num_placeholders"}),
-    "verify_bullet_points": ("detectable_format:number_bullet_lists", {"N": "num_bullets"}),
-    "validate_title": ("detectable_format:title", {}),
-    "validate_choice": ("detectable_format:constrained_response", {"options": "options"}),
-    "validate_highlighted_sections": (
-        "detectable_format:number_highlighted_sections",
-        {"N": "num_highlights"},
-    ),
-    "validate_sections": (
-        "detectable_format:multiple_sections",
-        {"N": "num_sections", "section_splitter": "section_spliter"},
-    ),
-    "validate_json_format": ("detectable_format:json_format", {}),
-    "validate_repeat_prompt": (
-        "combination:repeat_prompt",
-        {"original_prompt": "prompt_to_repeat"},
-    ),
-    "validate_two_responses": ("combination:two_responses", {}),
-    "validate_uppercase": ("change_case:english_capital", {}),
-    "validate_lowercase": ("change_case:english_lowercase", {}),
-    "validate_frequency_capital_words": (
-        "change_case:capital_word_frequency",
-        {"N": "capital_frequency", "quantifier": "capital_relation"},
-    ),
-    "validate_end": ("startend:end_checker", {"end_phrase": "end_phrase"}),
-    "validate_quotation": ("startend:quotation", {}),
-    "validate_no_commas": ("punctuation:no_comma", {}),
-}
-
-# What the functions of RLVR take for granted, as arguments of the instruction.
-RLVR_FIXED: dict[str, dict[str, str]] = {
-    "verify_keyword_frequency": {"relation": "exactly"},
-    "verify_letter_frequency": {"let_relation": "exactly"},
-    "verify_paragraph_count": {"divider": "* * *"},
-    "validate_uppercase": {"language": ""},
-    "validate_lowercase": {"language": ""},
-}
-
-
-def rlvr_constraint(row: dict) -> tuple[str, dict]:
-    """(instruction id, arguments) for `verify_ifeval` of an RLVR row {"func_name": ..., "N": ...}.
-
-    Its other columns are null. Raises UserError for an unknown function or a missing argument.
-
-    >>> rlvr_constraint({"func_name": "verify_bullet_points", "N": 3, "word": None})
-    ('detectable_format:number_bullet_lists', {'num_bullets': 3})
-    """
-    name = row.get("func_name")
-    if name not in RLVR_CONSTRAINTS:
-        raise UserError(
-            f"unknown constraint {name!r}: expected func_name to be one of "
-            f"{', '.join(RLVR_CONSTRAINTS)}"
-        )
-    instruction_id, names = RLVR_CONSTRAINTS[name]
-    missing = [theirs for theirs in names if row.get(theirs) is None]
-    if missing:
-        raise UserError(f"the constraint {name} lacks {', '.join(missing)}")
-    arguments = {ours: row[theirs] for theirs, ours in names.items()}
-    return instruction_id, arguments | RLVR_FIXED.get(name, {})

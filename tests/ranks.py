@@ -120,12 +120,14 @@ def uneven_rows(rank: int) -> None:
 def mean_of_means(rank: int) -> None:
     """The classic bug: each rank divides by its own number of targets, and the gradients are averaged."""
     uneven_rows(rank)
-    real = pretrain.all_sum
-    pretrain.all_sum = lambda values: (
-        values * int(os.environ["WORLD_SIZE"])
-        if values.ndim == 0 and not values.is_floating_point()
-        else real(values)
-    )
+    whole = OLMo2.loss
+
+    def loss(self, tokens, targets, z_loss=1e-5):
+        ce_sum, z_sum, n_targets = whole(self, tokens, targets, z_loss)
+        share = targets[:, 1:].numel() / n_targets  # of what all targets count
+        return ce_sum * share, z_sum * share, n_targets
+
+    OLMo2.loss = loss
 
 
 def no_stages(rank: int) -> None:

@@ -293,8 +293,10 @@ def test_recipes_are_the_published_ones(size, k, steps, zero_at, start, seed, bi
         "schedule",
         "horizon",
         "lr_floor",
+        "chunk",
         "out",
     }
+    assert c.chunk == 1  # the 32B's script of stage 2 does not set max_target_sequence_length
     with pytest.raises(UserError, match=f"{size} has 1 to"):
         resolve_settings([], Stage1(whole, Path("x"), whole.tokens, True), {"13B": 5}.get(size, 4))
 

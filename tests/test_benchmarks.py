@@ -547,6 +547,7 @@ def test_generation_is_scored_on_what_the_model_says(benchmarks, small, monkeypa
     assert module.evaluate(None, tokenizer, "minerva_math_500", config) == {
         "minerva_math_500 %": 100,
         "minerva_math_500:questions": 1,
+        "minerva_math_500:mended %": 100,
     }
     assert asked[0][2].count("Question:") == 6 and asked[0][2].endswith("Question: 2?\nAnswer:")
     monkeypatch.setattr(tokenizer, "instruct", True)

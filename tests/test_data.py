@@ -67,20 +67,21 @@ def test_files_roll_over_and_documents_stay_whole(tmp_path, monkeypatch):
     assert laptop.decode(np.concatenate(parts)).split("<|endoftext|>")[:-1] == texts
 
 
-def olmo_core_batches(paths, seq_len, batch, seed, epoch, rank, world, work_dir):
+def olmo_core_batches(paths, seq_len, chunk, batch, seed, epoch, rank, world, work_dir):
     """The batches [.., T] that OLMo-core's own loader gives a rank."""
-    from olmo_core.data import DataCollator, NumpyFSLDataLoader, NumpyFSLDataset
+    from olmo_core.data import DataCollator, NumpyDataLoaderBase, NumpyFSLDataset
 
     dataset = NumpyFSLDataset(
         *paths,
         sequence_length=seq_len,
+        max_target_sequence_length=seq_len * chunk,
         pad_token_id=1001,
         eos_token_id=1000,
         vocab_size=1002,
         dtype=np.uint32,
     )
     dataset.prepare()
-    loader = NumpyFSLDataLoader(
+    loader = NumpyDataLoaderBase.wrap_numpy_dataset(
         dataset,
         collator=DataCollator(pad_token_id=1001),
         work_dir=work_dir,
@@ -93,15 +94,19 @@ def olmo_core_batches(paths, seq_len, batch, seed, epoch, rank, world, work_dir)
     return [b["input_ids"].numpy() for b in loader]
 
 
+@pytest.mark.parametrize("chunk, instances", [(1, 119), (2, 116), (4, 108)])
 @pytest.mark.parametrize("rank, world", [(0, 1), (1, 2), (3, 4)])
-def test_order_of_instances_equals_olmo_core(rank, world, tmp_path):
-    paths = make_files(tmp_path / "files", [1000, 333, 64, 31, 2048])
+def test_order_of_instances_equals_olmo_core(rank, world, chunk, instances, tmp_path):
+    """chunk 2: the 32B's stage 1, whose script sets max_target_sequence_length."""
+    paths = make_files(tmp_path / "files", [1000, 364, 64, 31, 2048])
     paths.append(paths[1])  # a file listed twice is seen twice
-    ours = TokenData(paths, 32, get_tokenizer("laptop"))
-    assert len(ours) == 31 + 10 + 2 + 0 + 64 + 10
+    ours = TokenData(paths, 32, get_tokenizer("laptop"), chunk=chunk)
+    assert len(ours) == instances
     per_epoch = len(ours) // 8
     for epoch in (1, 2):
-        theirs = olmo_core_batches(paths, 32, 8, 34_521, epoch, rank, world, tmp_path / "work")
+        theirs = olmo_core_batches(
+            paths, 32, chunk, 8, 34_521, epoch, rank, world, tmp_path / "work"
+        )
         assert len(theirs) == per_epoch
         for i, batch in enumerate(theirs):
             tokens, targets = ours.batch(

@@ -12,7 +12,7 @@ from conftest import SHARED, needs_shared
 
 import tasks.ifeval as module
 from infra.files import UserError
-from tasks.ifeval import IFEVAL, RLVR_CONSTRAINTS, RLVR_FIXED, rlvr_constraint, verify_ifeval
+from tasks.ifeval import IFEVAL, verify_ifeval
 
 FOLLOWED = {  # id: (arguments, responses that follow it, responses that do not)
     "keywords:existence": (
@@ -235,65 +235,7 @@ def test_ifeval_prompts_are_accepted_and_verdicts_equal_lm_evals(monkeypatch):
     assert not {i: (followed[i], asked[i]) for i in asked if not 0 < followed[i] < asked[i]}
 
 
-def test_rlvr_constraints_map_onto_the_same_checks():
-    """Each of the 25 functions, with its arguments as RLVR's rows have them, on two responses.
-
-    The first response satisfies it, the second does not.
-    """
-    rows = {
-        "verify_keywords": ({"keyword_list": ["cat"]}, "A cat.", "A dog."),
-        "verify_keyword_frequency": ({"word": "cat", "N": 2}, "cat cat", "cat cat cat"),
-        "validate_forbidden_words": ({"forbidden_words": ["cat"]}, "dog", "cat"),
-        "verify_letter_frequency": ({"letter": "e", "N": 2}, "eel", "eerie"),
-        "validate_response_language": (
-            {"language": "en"},
-            "This is surely an English sentence.",
-            "Das ist ein deutscher Satz.",
-        ),
-        "verify_paragraph_count": ({"N": 2}, "a\n* * *\nb", "a\n***\nb"),
-        "validate_word_constraint": ({"N": 20, "quantifier": "around"}, "a " * 18, "a " * 17),
-        "verify_sentence_constraint": (
-            {"N": 2, "quantifier": "at most"},
-            "One. Two.",
-            "One. Two. Three.",
-        ),
-        "validate_paragraphs": ({"N": 2, "first_word": "B", "i": 2}, "a\n\nb", "b\n\na"),
-        "verify_postscript": ({"postscript_marker": "P.S."}, "x\nP.S. y", "x"),
-        "validate_placeholders": ({"N": 1}, "[x]", "x"),
-        "verify_bullet_points": ({"N": 2}, "* a\n* b", "* a"),
-        "validate_title": ({}, "<<x>>", "x"),
-        "validate_choice": ({"options": ["yes", "no"]}, "no", "maybe"),
-        "validate_highlighted_sections": ({"N": 1}, "*x*", "x"),
-        "validate_sections": (
-            {"N": 2, "section_splitter": "Section"},
-            "Section 1 a Section 2 b",
-            "Section 1",
-        ),
-        "validate_json_format": ({}, "{}", "{"),
-        "validate_repeat_prompt": ({"original_prompt": "Do it"}, "Do it: done", "done"),
-        "validate_two_responses": ({}, "a ****** b", "a"),
-        "validate_uppercase": ({}, "ÄÖ X", "x"),
-        "validate_lowercase": ({}, "äö x", "X"),
-        "validate_frequency_capital_words": (
-            {"N": 1, "quantifier": "at most"},
-            "ONE two",
-            "ONE TWO",
-        ),
-        "validate_end": ({"end_phrase": "End."}, "The End.", "x"),
-        "validate_quotation": ({}, '"x"', "x"),
-        "validate_no_commas": ({}, "x", ","),
-    }
-    assert rows.keys() == RLVR_CONSTRAINTS.keys() > RLVR_FIXED.keys()
-    assert {i for i, _ in RLVR_CONSTRAINTS.values()} == set(IFEVAL)
-    columns = ["N", "word", "i", "letter", "quantifier", "keyword_list", "options"]
-    nothing = dict.fromkeys(columns)  # their other columns are null
-    for name, (arguments, good, bad) in rows.items():
-        constraint = rlvr_constraint({**nothing, "func_name": name, **arguments})
-        assert verify_ifeval(good, *constraint) and not verify_ifeval(bad, *constraint), name
-    with pytest.raises(UserError, match="unknown constraint 'eval'"):
-        rlvr_constraint({"func_name": "eval"})
-    with pytest.raises(UserError, match="verify_bullet_points lacks N"):
-        rlvr_constraint({"func_name": "verify_bullet_points", "N": None})
+LETTERS = {"let_frequency": 2, "let_relation": "at least"}
 
 
 @pytest.mark.parametrize(
@@ -305,15 +247,35 @@ def test_rlvr_constraints_map_onto_the_same_checks():
         (
             "keywords:frequency",
             {"keyword": "a", "frequency": "3", "relation": "at least"},
-            "frequency cannot be '3'",
+            "frequency must be a whole number from 0, not '3'",
         ),
-        ("keywords:existence", {"keywords": "cat"}, "keywords cannot be 'cat'"),
-        ("keywords:existence", {"keywords": [1]}, r"keywords cannot be \[1\]"),
-        ("startend:end_checker", {"end_phrase": ["Bye."]}, r"end_phrase cannot be \['Bye.'\]"),
+        (
+            "keywords:existence",
+            {"keywords": "cat"},
+            "keywords must be a list of texts, not empty, not 'cat'",
+        ),
+        (
+            "keywords:existence",
+            {"keywords": [1]},
+            r"keywords must be a list of texts, not empty, not \[1\]",
+        ),
+        (
+            "startend:end_checker",
+            {"end_phrase": ["Bye."]},
+            r"end_phrase must be a text, not empty, not \['Bye.'\]",
+        ),
         (
             "length_constraints:number_words",
             {"num_words": 3, "relation": "about"},
-            "'about' is none of less than, at least",
+            "relation 'about' must be one of less than, at least",
+        ),
+        ("keywords:existence", {"keywords": []}, "keywords must be a list of texts, not empty"),
+        ("language:response_language", {"language": "zh"}, "language 'zh'.* must be one of af, ar"),
+        ("keywords:letter_frequency", LETTERS | {"letter": "ab"}, "letter must be one character"),
+        (
+            "length_constraints:nth_paragraph_first_word",
+            {"num_paragraphs": 2, "nth_paragraph": 0, "first_word": "A"},
+            "there is no paragraph 0 of 2",
         ),
     ],
 )
@@ -327,7 +289,6 @@ def test_language_needs_langdetect(monkeypatch):
     with pytest.raises(UserError, match="pip install langdetect"):
         verify_ifeval("TEXT", "change_case:english_capital", {})
     assert not verify_ifeval("text", "change_case:english_capital", {})  # needs no detection
-    assert verify_ifeval("TEXT", *rlvr_constraint({"func_name": "validate_uppercase"}))
 
 
 def test_docstrings():

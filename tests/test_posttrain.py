@@ -18,7 +18,12 @@ from conftest import SHARED, fails, needs_cl100k, needs_shared
 from ranks import launch
 from safetensors.torch import load_file
 from test_verifiers import HOSTILE
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    get_scheduler,
+)
 
 import dpo
 import posttrain as module
@@ -1119,6 +1124,197 @@ def test_published_values_of_each_size():
         resolve_settings("ppo", ["--size", "13B", "--round", "3"])[0].init == "runs/13B/ppo-2"
         and not values["sft", "32B"].bos
     )
+    decays = {stage: values[stage, "7B"].weight_decay for stage in module.STAGES}
+    assert decays == {"sft": 0, "prefs": 0, "rm": 0.01, "dpo": 0, "ppo": 0.01, "grpo": 0.01}
+    assert [values["grpo", size].denominator for size in ("1B", "32B")] == ["sequence", "token"]
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.03, 0.1])
+@pytest.mark.parametrize("steps", [4, 30, 33, 99])
+def test_rates_are_those_of_transformers_schedules(steps, warmup):
+    """As open-instruct calls them: warm-up from 0, its steps cut off, not rounded."""
+    for name in ("linear", "constant"):
+        c = SFTSettings(lr=3e-5, schedule=name, warmup=warmup)
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=c.lr)
+        kind = "constant_with_warmup" if name == "constant" else name
+        schedule = get_scheduler(kind, optimizer, int(warmup * steps), steps)
+        for step in range(steps):
+            assert sft.lr_at(step, steps, c) == pytest.approx(schedule.get_last_lr()[0], rel=1e-9)
+            optimizer.step()
+            schedule.step()
+
+
+def test_the_rate_of_ppo_falls_within_a_step(here, base, pairs, monkeypatch):
+    """At each update, as open-instruct's scheduler does: 4 passes here, of 2 steps."""
+    rates = []
+    real = rlvr.take_step
+
+    def take_step(model, optimizer, clip):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return real(model, optimizer, clip)
+
+    monkeypatch.setattr(rlvr, "take_step", take_step)
+    flags = [*flags_of("ppo", base, pairs), "--lr", "8e-3", "--value-lr", "8e-3", "--passes", "4"]
+    run("ppo", "runs/ppo-rates", *flags, "--steps", "2")
+    assert rates[::2] == rates[1::2] == pytest.approx([k * 1e-3 for k in range(8, 0, -1)])
+
+
+def test_every_weight_of_a_stage_decays(base):
+    """torch.optim.AdamW(parameters, lr), as the stages call it: the input embedding, too."""
+    model = OLMo2.load(base)
+    c = GRPOSettings()
+    (group,) = sft.make_optimizer(model, c).param_groups
+    assert group["weight_decay"] == c.weight_decay == 0.01
+    assert len(group["params"]) == len(list(model.parameters()))
+
+
+def test_a_reward_model_reads_whole_conversations_without_bos(here, base, capsys):
+    """Pairs are dropped by the length of their prompt, and nothing is cut."""
+    rows = []
+    for words in (1, 40, 1, 1):
+        prompt = say("word " * words)
+        rows.append(
+            {"chosen": prompt + say("", "a " * 30)[1:], "rejected": prompt + say("", "b")[1:]}
+        )
+    rows.append({"chosen": say("x", "a " * 200), "rejected": say("x", "b")})
+    (here / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen = []
+    real = dpo.reward_scores
+
+    def reward_scores(model, tokens, targets):
+        seen.append(tokens)
+        return real(model, tokens, targets)
+
+    flags = ["--data", "long.jsonl", "--prompt-length", "20", "--batch", "3", "--steps", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dpo, "reward_scores", reward_scores)
+        run("rm", "runs/rm-uncut", "--init", base, *flags, "--val")
+    assert "2 of 5 pairs have a prompt of more than 20 tokens" in capsys.readouterr().out
+    tokenizer = get_tokenizer("laptop")
+    first = np.concatenate([tokens[:, 0] for tokens in seen])
+    assert not (first == tokenizer.eos).any()
+    longest = len(tokenizer.encode("<|user|>\nword \n<|assistant|>\n" + "a " * 30)) + 1
+    assert max(tokens.shape[1] for tokens in seen) == longest > 40
+    assert not get_tokenizer("runs/rm-uncut/hf").chat_bos
+
+
+def test_a_judge_without_bos_reads_none(here, base, talker, capsys):
+    run(
+        "prefs",
+        "runs/prefs-for-bos",
+        "--init",
+        talker,
+        "--data",
+        "embedded/constraints",
+        "--prompts",
+        "8",
+        "--steps",
+        "1",
+        "--response-length",
+        "24",
+        "--samples",
+        "8",
+    )
+    run(
+        "rm",
+        "runs/judge-bos",
+        "--init",
+        base,
+        "--data",
+        "runs/prefs-for-bos/train.jsonl",
+        "--batch",
+        "1",
+        "--steps",
+        "1",
+        "--val",
+    )
+    seen = []
+    real = dpo.score_rows
+
+    def score_rows(model, rows, *more):
+        seen.extend(example.tokens[0] for (example,) in rows)
+        return real(model, rows, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dpo, "score_rows", score_rows)
+        run(
+            "prefs",
+            "runs/prefs-bos-judged",
+            "--init",
+            talker,
+            "--data",
+            "embedded/constraints",
+            "--prompts",
+            "4",
+            "--steps",
+            "1",
+            "--response-length",
+            "8",
+            "--judge",
+            "runs/judge-bos",
+        )
+    assert seen and get_tokenizer("laptop").eos not in seen
+
+
+REWARDS = """
+def score(messages, answer, label):
+    assert messages[-1]["role"] == "user"
+    return label["scale"] * (len(answer) % 7) / 7
+
+def too_much(messages, answer, label):
+    return 2
+
+def broken(messages, answer, label):
+    return {}["nothing"]
+
+def other(answer):
+    return 1
+"""
+
+
+def test_a_reward_of_ones_own_is_a_number_of_any_label(here, base, talker, capsys):
+    (here / "my_rewards.py").write_text(REWARDS)
+    rows = [{"messages": say(f"Say {i}."), "ground_truth": {"scale": 0.5}} for i in range(16)]
+    (here / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--data", "own.jsonl", "--response-length", "12", "--quiz", "own.jsonl"]
+    own = [*flags, "--init", talker, "--prompts", "8", "--verifier", "my_rewards.py:score"]
+    steps = run("grpo", "runs/own-grpo", *own, "--samples", "4", "--steps", "2", "--no-eos", "0")
+    assert all(0 < row["right"] < 0.5 for row in steps)
+    run("prefs", "runs/own-prefs", *own, "--steps", "2", "--val")
+    ratings = {json.loads(line)["chosen_rating"] for line in open("runs/own-prefs/train.jsonl")}
+    sevenths = [rating * 7 / (10 * 0.5) for rating in ratings]
+    assert sevenths == pytest.approx([round(n) for n in sevenths]) and 0 < max(sevenths) < 7
+    capsys.readouterr()
+    for function, words in [
+        ("my_rewards.py:too_much", "returned 2: expected a number from 0 to 1"),
+        ("my_rewards.py:broken", "my_rewards.py, line 10: KeyError: 'nothing'"),
+        ("my_rewards.py:other", "expected other(messages, answer, label), not other(answer)"),
+        ("my_rewards.py:scor", "has no function scor, did you mean score?"),
+        ("my_rewards.py", "expected FILE.py:FUNCTION, as in my_rewards.py:score"),
+        ("none.py:score", "none.py does not exist"),
+    ]:
+        arguments = ["grpo", *QUICK, "--out", "runs/own-bad", *own[:-1], function]
+        assert words in fails(module.main, arguments, capsys), function
+    rows[0]["dataset"] = "vibes"
+    (here / "own.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    error = fails(module.main, ["grpo", *QUICK, "--out", "runs/own-bad", *own[:-2]], capsys)
+    assert "--verifier my_rewards.py:score" in error and "own.jsonl, line 1" in error
+
+
+def test_a_right_answer_may_be_a_number_and_a_constraint_an_object(tmp_path):
+    rows = [
+        {"messages": say("6 x 7?"), "dataset": "gsm8k", "ground_truth": 42},
+        {
+            "messages": say("x"),
+            "dataset": "ifeval",
+            "ground_truth": {"func_name": "validate_title"},
+        },
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one, other = read_prompts(Source((str(path),), 1), get_tokenizer("laptop"))
+    assert one.score("It is 42.") == 1 and one.score("41") == 0
+    assert other.score("<<x>>") == 1 and other.score("x") == 0
 
 
 def test_own_pairs_stand_beside_the_released_ones(tmp_path):

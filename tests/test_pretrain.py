@@ -98,6 +98,8 @@ def test_recipes_end_at_the_published_step_and_rate(size, steps, last_lr):
         and origin["data"] == "flag"
         and origin["clip"] == "default"
     )
+    # What ran: the code of 1B to 13B never read the 1e-5 of the yamls; the 32B's order is of pairs.
+    assert (c.z_loss, c.chunk) == ((1e-5, 2) if size == "32B" else (1e-4, 1))
     if (
         size == "7B"
     ):  # the published start of its anneal is the rate at the last multiple of 1,000 steps
@@ -274,6 +276,35 @@ def test_accumulation_changes_nothing_but_the_last_bits(here, monkeypatch):
         for folder in (whole, parts)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=2e-6) and losses[0] != losses[1]
+
+
+def test_filtered_instances_count_in_the_denominator(here, monkeypatch):
+    """As upstream: a token with a zero loss is a token. So the losses of two halves add up."""
+    whole = module.TokenData.batch
+    losses = []
+    for filtered in ([], [0], [1, 2, 3]):
+
+        def batch(self, step, rows, *args, **kwargs):
+            tokens, targets = whole(self, step, rows, *args, **kwargs)
+            targets[filtered] = -100
+            return tokens, targets
+
+        monkeypatch.setattr(module.TokenData, "batch", batch)
+        folder = run(here / f"runs/filtered-{len(filtered)}", 1)
+        losses.append(next(r["loss"] for r in read_metrics(folder) if r["event"] == "step"))
+    assert losses[1] + losses[2] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_a_setting_that_is_younger_than_the_run_had_its_default(finished, here, capsys):
+    again = here / "runs/older"
+    shutil.copytree(finished, again)
+    record = json.loads((again / "run.json").read_text())
+    del record["config"]["chunk"]
+    (again / "run.json").write_text(json.dumps(record))
+    arguments = [*SHORT, "--tokens", "2176", "--horizon", "4096", "--out", str(again)]
+    refused = fails(module.main, [*arguments, "--chunk", "2"], capsys)
+    assert "was started with other settings (chunk 1 -> 2)" in refused
+    run(again, 17)
 
 
 def test_starts_from_the_weights_of_another_run(finished, here, tmp_path, capsys):

@@ -243,6 +243,9 @@ def test_scores_record_and_figure(runs, here, capsys):
     assert line[0] == ends[0] and line[2] == ends[1]
     assert line[1] == pytest.approx(ends[2], rel=1e-5)  # halfway between two is their soup
     assert len(set(line)) == 3
+    (recorded,) = record["lines"]
+    assert (recorded["from"], recorded["to"]) == tuple(runs)
+    assert recorded["mix bpb"] == pytest.approx(line)
 
 
 def test_a_record_makes_the_same_soup_again(runs, here, capsys):
