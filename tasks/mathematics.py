@@ -172,7 +172,7 @@ def moved_terms(one: "Whole", other: "Whole") -> list[Pair] | None:
     if one.kind != "=" or not all(map(is_expression, (*one.parts, *other.parts))):
         return None
     first, second = (f"{left}-({right})" for left, right in (one.parts, other.parts))
-    return [Pair(with_products(first), with_products(second), sign=True)]
+    return [Pair(for_sympy(first), for_sympy(second), sign=True)]
 
 
 def ask_about(found: str, expected: str) -> list[Pair] | None:
@@ -188,7 +188,7 @@ def ask_about(found: str, expected: str) -> list[Pair] | None:
     if is_decimal(a) and is_decimal(b):
         return [] if fractions.Fraction(a) == fractions.Fraction(b) else None
     if is_expression(a) and is_expression(b):
-        return [Pair(with_products(a), with_products(b))]
+        return [Pair(for_sympy(a), for_sympy(b))]
     return None
 
 
@@ -315,9 +315,10 @@ def value_of(text: str) -> str:
 
 
 def unit_power(text: str) -> list[str]:
-    """The power of the unit behind an answer: cm^2 is not cm^3."""
+    """The power of the unit behind an answer: cm^2 is not cm^3, nor are cubic feet square ones."""
     unit = UNIT.search(text)
-    return re.findall(r"\d", unit[0]) if unit else []
+    words = unit[0].replace("square", "2").replace("cubic", "3") if unit else ""
+    return re.findall(r"\d", words)
 
 
 def is_decimal(text: str) -> bool:
@@ -438,25 +439,31 @@ KNOWN = BEGIN_FACTOR | {"cdot", "times", "div"}
 FUNCTION = re.compile(rf"\\(?:{'|'.join(FUNCTIONS)})(?![a-zA-Z])")
 
 
-def with_products(text: str) -> str:
-    r"""The same expression with a sign for each product, as far as the first function.
+# sympy reads the x of 3x4 as "times", and the d of d\sqrt{2} as a differential.
+OTHER_NAMES = {"x": "\\upsilon", "d": "\\iota"}
+LETTERS = ("upsilon", "iota")
 
-    sympy takes x(x+1) for a function, and forgets the x of 2x\sqrt{3}.
 
-    >>> print(with_products(r"2x\sqrt{3}"), with_products("x(x+1)"), with_products(r"2\cos x"))
-    2\cdot x\cdot \sqrt {3} x\cdot (x+1) 2\cdot \cos  x
+def for_sympy(text: str) -> str:
+    r"""The same expression without what sympy's reader is known to misread.
+
+    With a sign for each product, as far as the first function: x(x+1) would be a function of x + 1.
+
+    >>> print(for_sympy(r"2y\sqrt{3}"), for_sympy("3x4"), for_sympy("n(n+1)"))
+    2\cdot y\cdot \sqrt {3} 3\cdot \upsilon 4 n\cdot (n+1)
     """
-    function = FUNCTION.search(text)
-    end = function.end() if function else len(text)
-    tokens = [token for token in TOKEN.findall(text[:end]) if token != " "]
-    made = ""
+    tokens = [token for token in TOKEN.findall(text) if token != " "]
+    made = []
+    in_function = False
     for token, after in zip(tokens, [*tokens[1:], ""]):
-        made += f"{token} " if token[1:].isalpha() else token
-        is_over = token.isalnum() or token in (")", "}", "!") or token[1:] in NAMES
+        token = OTHER_NAMES.get(token, token)
+        made.append(f"{token} " if token[1:].isalpha() else token)
+        in_function |= token[1:] in FUNCTIONS
+        is_over = token.isalnum() or token in (")", "}", "!") or token[1:] in (*NAMES, *LETTERS)
         begins = after.isalpha() or after == "(" or after[1:] in BEGIN_FACTOR
-        if is_over and begins:
-            made += "\\cdot "
-    return made + text[end:]
+        if is_over and begins and not in_function:
+            made.append("\\cdot ")
+    return "".join(made).strip()
 
 
 # 5 6; 5. and .; 4210_5; east; 5!6
@@ -473,7 +480,6 @@ def is_expression(text: str) -> bool:
         and is_balanced(text)
         and text.count("|") % 2 == 0
         and not re.search(MISREAD, f"{rest} ")
-        and not re.search(r"[\d)]\s*x\s*[\\{(]", "".join(FUNCTION.split(text, maxsplit=1)[1:]))
     )
 
 

@@ -309,6 +309,14 @@ C | \text{(C)} | True
 x(x+1) | x^2+x | True
 440\text{ cm}^3 | 440\text{ cm}^2 | False
 440 | 440\text{ cm}^2 | True
+5\text{ cubic feet} | 5\text{ square feet} | False
+3x4 | 12 | False
+3x4 | 12x | True
+d\sqrt{2} | \sqrt{2} | False
+2d\sqrt{2} | 2\sqrt{2}d | True
+n(n+1) | n^2+n | True
+\sin x\cos x | \cos x\sin x | True
+\sqrt{2}x\sin x | \sqrt{2}\sin x | False
 44 | 44\% | True
 44\% | 44 | False
 12, 13 | 12\text{ and }13 | True
