@@ -293,10 +293,12 @@ UNITS = (
     "minutes?|seconds?|days?|km|cm|mm|m|kilometers?|meters?|centimeters?|miles?|points?|digits?|"
     "degrees?|gm|grams?|pounds?|meals?|edges?|students?|children|tickets?|multiples|ounces?|years?"
 )
+# Words behind a number that are more than a unit: 9 a.m., 5 million.
+NO_UNIT = r"\s*(?:[ap]\.?\s?m|million|billion|thousand|hundred|dozen|half)\b"
 # A number or an expression, then words: what is counted or measured.
 UNIT = re.compile(
     r"(?<=[\d})a-z%\u00b0])\s*"
-    rf"(?:\\text\{{(?!\s*[ap]\.?m)[^{{}}\d]*\}}|(?:\s*\b(?:{UNITS})\b\.?)+)"
+    rf"(?:\\text\{{(?!{NO_UNIT})[^{{}}\d]*\}}|(?:\s*\b(?:{UNITS})\b\.?)+)"
     r"(?:\^\{?[23]\}?)?\.?$",
 )
 
@@ -556,6 +558,7 @@ def sympy_process(pid: int) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        env={**os.environ, "PYTHONHASHSEED": "0"},  # sympy's verdicts on 0/0 depend on it
     )
     if server.stdout.readline() != "ready\n":
         raise UserError(

@@ -310,6 +310,8 @@ x(x+1) | x^2+x | True
 440\text{ cm}^3 | 440\text{ cm}^2 | False
 440 | 440\text{ cm}^2 | True
 5\text{ cubic feet} | 5\text{ square feet} | False
+5\text{ million} | 5 | False
+5 | 5\text{ million} | False
 3x4 | 12 | False
 3x4 | 12x | True
 d\sqrt{2} | \sqrt{2} | False
