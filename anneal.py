@@ -22,7 +22,7 @@ from pathlib import Path
 from eval import print_table, table_row
 from infra.checkpoint import list_states
 from infra.distributed import run_cli, shutdown_distributed
-from infra.files import UserError, read_json
+from infra.files import UserError, read_number
 from infra.metrics import rows_of
 from infra.run import open_run, settings_of_run
 from infra.settings import parse_flags, silence_other_ranks
@@ -115,7 +115,7 @@ def find_stage1(c: Config) -> Stage1:
     has_moments = (path / "state.json").exists()
     # Beside an hf/ stands the run's newest state, whose weights it holds.
     states = [path] if has_moments else list_states(path.parent)
-    tokens = read_json(states[0] / "state.json")["tokens"] if states else settings.tokens
+    tokens = read_number(states[0] / "state.json", "tokens") if states else settings.tokens
     return Stage1(settings, path, tokens, has_moments)
 
 

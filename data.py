@@ -3,7 +3,7 @@
     python data.py                     # build the embedded corpus (pretrain.py does it when needed)
     python data.py shakespeare.txt     # your own text -> tokens/shakespeare/
     python pretrain.py --data tokens/shakespeare
-    python data.py dump/ --tokenizer olmo2 --name dump  # a folder of .txt, .jsonl, .jsonl.gz, .zst
+    python data.py dump/ --tokenizer olmo2 --name dump  # a folder of .txt, .jsonl, .json.gz
 
 Three things here are exactly those of the official trainers, so that files, order and batches can
 be exchanged:
@@ -28,9 +28,7 @@ import itertools
 import json
 import os
 import random
-import re
 import sys
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,13 +37,12 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from documents import find_texts, plain_name, read_split
 from infra.distributed import run_cli
 from infra.files import (
     UserError,
     did_you_mean,
     is_plain_name,
-    open_text,
-    parse_object,
     read_json,
     replace_folder,
     sha256,
@@ -253,6 +250,9 @@ def mix_files(
 # ------------------------------------------------------------------------------------------
 # Batches
 
+# Token files of so many bytes in all are hashed before they are used. That takes a second.
+HASHED_BYTES = 2**30
+
 
 @dataclass(eq=False)
 class TokenData:
@@ -272,6 +272,8 @@ class TokenData:
 
     def __post_init__(self):
         self.sidecars = [read_sidecar(path, self.tokenizer) for path in self.files]
+        if sum(path.stat().st_size for path in set(self.files)) <= HASHED_BYTES:
+            check_hashes(self.files, self.sidecars)
         # A file's remainder below a chunk is dropped.
         size = self.chunk * self.seq_len
         chunks = self.counts or [row["tokens"] // size for row in self.sidecars]
@@ -359,26 +361,76 @@ class TokenData:
 def read_sidecar(path: Path, tokenizer: Tokenizer) -> dict:
     """{tokens, ...}: a token file's length, and what the .json beside it knows, if there is one.
 
-    Raises UserError for a file that is empty, truncated, or made by another tokenizer.
+    Raises UserError for a file that is empty, truncated, of another format, or made by another
+    tokenizer.
     """
     beside = path.with_suffix(".json")
     sidecar = read_json(beside) if beside.exists() else {}
     size = path.stat().st_size
     tokens = sidecar.get("tokens", size // 4)
+    if type(tokens) is not int:
+        raise UserError(f"{beside}: expected a whole number under 'tokens', got {tokens!r}")
     if size == 0:
         raise UserError(f"{path} is empty")
+    check_header(path)
     if size != 4 * tokens:
         raise UserError(
             f"{path} is truncated or no token file: {size} bytes, expected a multiple of 4: "
             f"4 x {tokens} tokens"
         )
     if sidecar.get("fingerprint", tokenizer.fingerprint) != tokenizer.fingerprint:
-        name = sidecar["tokenizer"]
+        name = sidecar.get("tokenizer", "unknown")
         raise UserError(
             f"{path} was made with the tokenizer {name!r}, the model has {tokenizer.name!r}: "
             f"pass --tokenizer {name}, or tokenise the text again"
         )
+    check_ids(path, tokenizer)
     return sidecar | {"tokens": tokens}
+
+
+def check_hashes(files: list[Path], sidecars: list[dict]) -> None:
+    """Raise UserError for a file whose bytes are not those of the sha256 beside it."""
+    known = {path: sidecar.get("sha256") for path, sidecar in zip(files, sidecars)}
+    for path, expected in known.items():
+        if expected and sha256(path) != expected:
+            raise UserError(
+                f"{path} has changed since it was made: its sha256 is not that of "
+                f"{path.with_suffix('.json').name}; tokenise the text again"
+            )
+
+
+def check_header(path: Path) -> None:
+    """Raise UserError for a file of np.save: a token file has no header."""
+    with open(path, "rb") as file:
+        if file.read(6) == b"\x93NUMPY":
+            raise UserError(
+                f"{path} has NumPy's own header: a token file is plain little-endian uint32; write "
+                "it by np.load(PATH).astype('<u4').tofile(PATH)"
+            )
+
+
+def check_ids(path: Path, tokenizer: Tokenizer) -> None:
+    """Raise UserError for ids beyond the vocabulary, or numbers of another type, in a sample.
+
+    The sample: up to 16 stretches of 256 tokens, evenly spread.
+    """
+    tokens = open_tokens(path)
+    starts = np.linspace(0, max(0, len(tokens) - 256), 16).astype(int)
+    starts += starts % 2  # at an even place, so that int64 shows
+    sample = np.concatenate([tokens[start : start + 256] for start in np.unique(starts)])
+    size = tokenizer.vocab_size
+    if len(sample) > 2 and not sample[1::2].any() and sample.any():
+        raise UserError(f"{path} holds int64: a token file is plain little-endian uint32")
+    if sample.max() < size:
+        return
+    kinds = {"uint16": sample.view("<u2"), "big-endian uint32": sample.view(">u4")}
+    for kind, values in kinds.items():
+        if values.max() < size:
+            raise UserError(f"{path} holds {kind}: a token file is plain little-endian uint32")
+    raise UserError(
+        f"{path} has the id {sample.max()}, beyond the {size} entries of the tokenizer "
+        f"{tokenizer.name!r}: name the one that made it (--tokenizer)"
+    )
 
 
 def open_tokens(path: Path) -> np.ndarray:
@@ -508,15 +560,13 @@ def remake_vocab(path: Path, size: int = 1000) -> None:
 # ------------------------------------------------------------------------------------------
 # Your own text
 
-ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst")
-
 
 @dataclass(frozen=True)
 class Config:
-    # .txt, .jsonl, .jsonl.gz, .jsonl.zst (field "text") or folders of them; none: the embedded
-    # corpus
+    # .txt, .jsonl or .json (a line: an object with "text"), also .gz and .zst, or folders of them;
+    # none: the embedded corpus
     paths: tyro.conf.Positional[tuple[Path, ...]] = ()
-    # of the folder tokens/<name>/; default: the name of the first path
+    # of the folder tokens/<name>/; default: the name of the first path, without endings
     name: str = ""
     # laptop, olmo2, or a folder with tokenizer.json
     tokenizer: str = "laptop"
@@ -526,6 +576,8 @@ class Config:
     out: Path = Path("tokens")
     # train laptop.tiktoken again (needs the tokenizers library)
     remake_vocab: bool = False
+    # compare the token files in the given folders with the sha256 beside each, and make nothing
+    verify: bool = False
 
 
 def tokenize_paths(config: Config, tokenizer: Tokenizer) -> Path:
@@ -548,25 +600,11 @@ def tokenize_paths(config: Config, tokenizer: Tokenizer) -> Path:
     return folder
 
 
-def find_texts(paths: Iterable[Path]) -> list[Path]:
-    """The texts that the paths name, or that are in folders that they name. Raises UserError."""
-    files: list[Path] = []
-    for path in paths:
-        found = sorted(path.rglob("*")) if path.is_dir() else [path]
-        texts = [file for file in found if file.name.endswith(ENDINGS)]
-        if not path.exists():
-            raise UserError(f"{path} does not exist")
-        if not texts:
-            raise UserError(f"{path}: no {', '.join(ENDINGS)} file")
-        files += texts
-    return files
-
-
 def new_folder(config: Config) -> Path:
     """Where the tokens go. Raises UserError where it exists or flags are wrong."""
     if not 0 <= config.val_fraction < 1:
         raise UserError(f"--val-fraction {config.val_fraction} must be at least 0 and below 1")
-    name = config.name or re.sub(r"[^\w.-]+", "-", config.paths[0].name.split(".")[0])
+    name = config.name or plain_name(config.paths[0])
     if not is_plain_name(name):
         raise UserError(
             f"--name {name!r} must be a plain name, of letters, digits, '.', '_' and '-': it "
@@ -576,58 +614,6 @@ def new_folder(config: Config) -> Path:
     if folder.exists():
         raise UserError(f"{folder} exists: remove it, or choose another --name")
     return folder
-
-
-def read_split(files: list[Path], split: str, val_fraction: float, bar: tqdm) -> Iterator[str]:
-    """The texts of one side of the split."""
-    for path in files:
-        for side, text in read_documents(path, val_fraction, bar):
-            if side == split:
-                yield text
-
-
-def read_documents(path: Path, val_fraction: float, bar: tqdm) -> Iterator[tuple[str, str]]:
-    """(split, text) of each document of a file; `bar` is moved by the file's bytes.
-
-    Held out are the last lines of a .txt, and of .jsonl the documents that their hash chooses.
-    Raises UserError with file and line for what is no JSON object with a string under `text`.
-    """
-    if path.suffix == ".txt":
-        yield from read_text(path, val_fraction)
-        bar.update(path.stat().st_size)
-        return
-    before = bar.n
-    with open(path, "rb") as file:
-        try:
-            for number, line in enumerate(open_text(path, file), 1):
-                bar.update(before + file.tell() - bar.n)
-                text = parse_object(path, number, line).get("text") if line.strip() else ""
-                if not isinstance(text, str):
-                    raise UserError(
-                        f"{path}, line {number}: expected a JSON object with a string under "
-                        f'"text", got {line[:60].strip()!r}'
-                    )
-                if text.strip():
-                    yield "val" if unit_hash(text) < val_fraction else "train", text
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{path} is damaged: {error}") from None
-
-
-def read_text(path: Path, val_fraction: float) -> Iterator[tuple[str, str]]:
-    """(split, text) of a .txt, cut at the end of a line, if there is one."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    cut = len(text)
-    if val_fraction:
-        cut = int(cut * (1 - val_fraction))
-        cut = text.rfind("\n", 0, cut) + 1 or cut
-    for split, part in (("train", text[:cut]), ("val", text[cut:])):
-        if part.strip():
-            yield split, part
-
-
-def unit_hash(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
-    return int(hashlib.md5(text.encode("utf-8", "replace")).hexdigest()[:8], 16) / 2**32
 
 
 def show(folder: Path, tokenizer: Tokenizer) -> None:
@@ -646,10 +632,29 @@ def show(folder: Path, tokenizer: Tokenizer) -> None:
         print(repr(tokenizer.decode(tokens[0])))
 
 
+def verify_tokens(paths: Iterable[Path]) -> None:
+    """Print how many token files are what their sidecars say. Raises UserError for one that is not.
+
+    Before training that happens by itself where all files have at most 1 GiB.
+    """
+    files: list[Path] = []
+    for path in paths:
+        files += [path] if path.is_file() else sorted(path.rglob("*.npy"))
+    sidecars = []
+    for path in files:
+        beside = path.with_suffix(".json")
+        sidecars.append(read_json(beside) if beside.exists() else {})
+    check_hashes(files, sidecars)
+    known = sum("sha256" in sidecar for sidecar in sidecars)
+    print(f"{known:,} of {len(files):,} token files have a sha256 beside them, and are as it says")
+
+
 def main(arguments: list[str] | None = None) -> None:
     config = tyro.cli(Config, description=__doc__, args=arguments)
     if config.remake_vocab:
         return remake_vocab(LAPTOP_FILE)
+    if config.verify:
+        return verify_tokens(config.paths)
     tokenizer = get_tokenizer(config.tokenizer)
     if config.paths:
         folder = tokenize_paths(config, tokenizer)

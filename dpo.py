@@ -185,7 +185,7 @@ def train_dpo(c: DPOSettings, run: Run) -> None:
     The reference is the model at the start; its scores are computed once (open-instruct
     dpo_tune_cache.py).
     """
-    tokenizer = instruct_tokenizer(c.init)
+    tokenizer = instruct_tokenizer(c, c.init)
     pairs = read_pairs(Source(c.data, c.seed), c, tokenizer, c.max_length)
     val = read_pairs(held_out_rows(c, c.val), c, tokenizer, c.max_length)
     questions = run_on_all_ranks(read_prompts, held_out_rows(c, c.quiz), tokenizer)
@@ -253,7 +253,7 @@ def train_reward_model(c: RewardModelSettings, run: Run) -> None:
 
     Conversations are whole, and without BOS. Source: open-instruct reward_modeling.py.
     """
-    tokenizer = instruct_tokenizer(c.init, chat_bos=False)
+    tokenizer = instruct_tokenizer(c, c.init, chat_bos=False)
     model = load_model(c, c.init, run, longest=c.prompt_length, head="score")
     pairs = read_whole_pairs(Source(c.data, c.seed), c, tokenizer, model.config.context)
     val = read_whole_pairs(held_out_rows(c, c.val), c, tokenizer, model.config.context)
@@ -399,7 +399,7 @@ def make_preference_pairs(c: PrefsSettings, run: Run) -> None:
     released mixes (parse_preferences.py). A step is the answers to --prompts prompts; what is
     written is not made again.
     """
-    tokenizer = instruct_tokenizer(c.init)
+    tokenizer = instruct_tokenizer(c, c.init)
     splits = read_splits(c, tokenizer)
     longest = c.prompt_length + c.response_length
     model = load_model(c, c.init, run, longest)
@@ -551,7 +551,8 @@ class PairMaker:
         if self.judge is None:
             return [self.c.reward * answer.score * answer.ended for answer in completions]
         # A reward model reads no BOS, if it was trained without one.
-        skip = int(self.tokenizer.chat_bos and not instruct_tokenizer(self.c.judge).chat_bos)
+        judge_bos = instruct_tokenizer(self.c, self.c.judge).chat_bos
+        skip = int(self.tokenizer.chat_bos and not judge_bos)
         rows = []
         for answer in completions:
             tokens, mask = answer.example.tokens, answer.example.loss_mask

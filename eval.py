@@ -27,18 +27,17 @@ import tyro
 from tqdm import tqdm
 
 from data import (
-    ENDINGS,
     Tokenizer,
     embedded_corpus,
     get_tokenizer,
-    read_documents,
     token_files,
     write_tokens,
 )
 from decode import decode_steps
+from documents import read_documents
 from infra.checkpoint import find_weights
 from infra.distributed import best_device, rank_and_world, run_cli
-from infra.files import UserError, read_json, write_json
+from infra.files import UserError, ending, read_number, text_stem, write_json
 from infra.metrics import Curve, Panel, plot_curves, token_unit
 from infra.settings import Count, check_ranges
 from likelihood import (
@@ -234,7 +233,7 @@ def check_texts(paths: tuple[str, ...]) -> None:
 
 def held_out_files(paths: tuple[str, ...]) -> list[Path]:
     """The token files among the paths of --data, and in its folders."""
-    return token_files([path for path in paths if not path.endswith(ENDINGS)], "val")
+    return token_files([path for path in paths if not ending(Path(path))], "val")
 
 
 def text_sources(
@@ -243,20 +242,21 @@ def text_sources(
     """{source: token files} of --data, or the embedded corpus; `folder` is for tokenised texts."""
     if not paths:
         return by_source(token_files([embedded_corpus(tokenizer)], "val"))
-    for path in map(Path, paths):
-        if path.name.endswith(ENDINGS):
-            with tqdm(
-                total=path.stat().st_size,
-                desc=path.name,
-                unit="B",
-                unit_scale=True,
-                leave=False,
-                disable=None,
-            ) as bar:
-                documents = (text for _, text in read_documents(path, 0.0, bar))
-                counts = write_tokens(documents, folder / path.stem, path.stem, tokenizer)
-            if counts["tokens"] < seq_len:
-                raise UserError(f"{path} has fewer than the {seq_len} tokens of an instance")
+    texts = [path for path in map(Path, paths) if ending(path)]
+    names = [text_stem(path) for path in texts]
+    for path, name in zip(texts, names):
+        if names.count(name) > 1:  # two files of one name are two columns
+            name = f"{path.resolve().parent.name}-{name}"
+        size = path.stat().st_size
+        with tqdm(
+            total=size, desc=name, unit="B", unit_scale=True, leave=False, disable=None
+        ) as bar:
+            documents = (text for _, text in read_documents(path, 0.0, bar))
+            counts = write_tokens(
+                documents, folder / str(len(list(folder.iterdir()))), name, tokenizer
+            )
+        if counts["tokens"] < seq_len:
+            raise UserError(f"{path} has fewer than the {seq_len} tokens of an instance")
     return by_source([*held_out_files(paths), *sorted(folder.rglob("*.npy"))])
 
 
@@ -432,7 +432,7 @@ def fold(widths: dict[str, int], width: int) -> list[list[str]]:
 def checkpoints_of(run: str) -> dict[str, int]:
     """checkpoint -> tokens seen, in the order of the steps of a run."""
     folders = Path(run).glob("step*-tokens*")
-    tokens = {str(path): read_json(path / "state.json")["tokens"] for path in folders}
+    tokens = {str(path): read_number(path / "state.json", "tokens") for path in folders}
     if not tokens:
         raise UserError(f"{run} holds no checkpoint (step*-tokens*): --all-checkpoints takes runs")
     return dict(sorted(tokens.items(), key=lambda item: item[1]))

@@ -18,6 +18,7 @@ V vocabulary, N = B * T.
 
 import functools
 import math
+import typing
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +33,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import decode
-from infra.checkpoint import find_weights, load_tensors, write_weights
-from infra.distributed import local_part, run_cli
-from infra.files import UserError, did_you_mean, read_json, write_json
+from infra.checkpoint import check_tensors, find_weights, load_tensors, write_weights
+from infra.distributed import local_part, on_rank_zero, run_cli
+from infra.files import UserError, did_you_mean, join_problems, read_json, write_json
 
 # ------------------------------------------------------------------------------------------
 # Sizes
@@ -433,9 +434,19 @@ class OLMo2(nn.Module):
             raise UserError(f"{path} holds a reward model, which cannot write text")
         with torch.device("meta"):
             model = cls(config)
+        on_rank_zero(check_tensors, weights, model.state_dict())  # before there is memory for them
         model = model.to(dtype).to_empty(device=device)
         load_tensors(weights, model.state_dict())
+        check_finite(path, model)
         return model
+
+
+def check_finite(path: str | Path, model: nn.Module) -> None:
+    """Raise UserError if a weight is NaN or infinite: whatever the model says is nonsense then."""
+    sums = {name: p.sum(dtype=torch.float32) for name, p in model.named_parameters()}
+    bad = [name for name, total in sums.items() if not total.isfinite()]
+    if bad:
+        raise UserError(f"{path} has weights that are NaN or infinite: {join_problems(bad, 3)}")
 
 
 # ------------------------------------------------------------------------------------------
@@ -575,8 +586,8 @@ FIXED_KEYS = {
     "attention_bias": False,
     "attention_dropout": 0.0,
     "tie_word_embeddings": False,
-    "rope_scaling": None,
 }
+ABSENT_KEYS = {"rope_type": "default", "quantization_config": None, "sliding_window": None}
 ABLATIONS = ("norm_position", "qk_norm", "norm")  # those that change the forward pass
 
 
@@ -602,6 +613,7 @@ def hf_config(c: ModelConfig, dtype: torch.dtype) -> dict:
         **kind,
         **{theirs: getattr(c, ours) for theirs, ours in HF_KEYS.items()},
         **FIXED_KEYS,
+        "rope_scaling": None,
         **ablations,
         "bos_token_id": None,
         "initializer_range": 0.02,
@@ -617,18 +629,48 @@ def read_config(folder: Path) -> ModelConfig:
     """
     path = folder / "config.json"
     hf = read_json(path)
-    hf = (hf.get("rope_parameters") or {}) | hf  # where transformers 5 keeps rope_theta
+    for key in ("rope_parameters", "rope_scaling"):  # where transformers 5, and 4, keep these
+        within = hf.pop(key, None) or {}
+        if not isinstance(within, dict):
+            raise UserError(f"{path}: expected an object under {key}, got {within!r}")
+        hf = within | hf
     if hf.get("model_type") not in ("olmo2", "olmo2-ablation"):
         raise UserError(f"{path} has model_type {hf.get('model_type')!r}, not 'olmo2'")
-    for key, value in {**FIXED_KEYS, "rope_type": "default"}.items():
+    for key, value in (FIXED_KEYS | ABSENT_KEYS).items():
         if hf.get(key, value) != value:
             raise UserError(f"{path} has {key} = {hf[key]!r}; OLMo 2 has {value!r}")
-    if missing := [key for key in HF_KEYS if hf.get(key) is None]:
-        raise UserError(f"{path} lacks {', '.join(missing)}")
-    shape = {ours: hf[theirs] for theirs, ours in HF_KEYS.items()}
+    shape = {ours: hf.get(theirs) for theirs, ours in HF_KEYS.items()}
+    if shape["kv_heads"] is None:  # as in transformers: as many as there are heads
+        shape["kv_heads"] = shape["heads"]
+    for name in ("eos", "pad"):  # none, or several: the tokenizer knows them
+        ids = shape[name] if isinstance(shape[name], list) else [shape[name]]
+        shape[name] = getattr(ModelConfig, name) if ids in ([], [None]) else ids[0]
     shape |= {key: hf[key] for key in ABLATIONS if key in hf}
-    head = "score" if len(hf.get("id2label", ())) == 1 else "lm"
+    check_shape(path, shape)
+    head = "score" if isinstance(hf.get("id2label"), dict) and len(hf["id2label"]) == 1 else "lm"
     return ModelConfig(**shape, head=head)
+
+
+def check_shape(path: Path, shape: dict) -> None:
+    """Raise UserError that names every value that no model can have, before any is made."""
+    theirs = {ours: name for name, ours in HF_KEYS.items()}
+    problems = []
+    for name, kind in typing.get_type_hints(ModelConfig).items():
+        if name not in shape:
+            continue
+        value = shape[name]
+        if kind is int:
+            fits = type(value) is int and (name not in ("eos", "pad")) <= value < 2**31
+        elif kind is float:
+            fits = type(value) in (int, float) and math.isfinite(value) and value > 0
+        else:
+            fits = type(value) is bool if kind is bool else value in typing.get_args(kind)
+        if value is None:
+            problems.append(f"lacks {theirs[name]}")
+        elif not fits:
+            problems.append(f"has {theirs.get(name, name)} = {value!r}")
+    if problems:
+        raise UserError(f"{path} {', '.join(problems)}")
 
 
 # ------------------------------------------------------------------------------------------

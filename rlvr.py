@@ -300,7 +300,7 @@ class PPOSettings(RolloutSettings):
 
 def train_grpo(c: GRPOSettings, run: Run) -> None:
     """Sample groups of answers, reward what is right, raise the better ones of each group."""
-    tokenizer = instruct_tokenizer(c.init)
+    tokenizer = instruct_tokenizer(c, c.init)
     prompts = run_on_all_ranks(read_rlvr_prompts, c, Source(c.data, c.seed), tokenizer)
     quiz = run_on_all_ranks(read_rlvr_prompts, c, held_out_rows(c, c.quiz), tokenizer)
     held_out = HeldOut(tokenizer, questions=quiz)
@@ -361,7 +361,7 @@ def train_grpo(c: GRPOSettings, run: Run) -> None:
 
 def train_ppo(c: PPOSettings, run: Run) -> None:
     """Let a value model learn what an answer so far is worth; raise tokens that bring more."""
-    tokenizer = instruct_tokenizer(c.init)
+    tokenizer = instruct_tokenizer(c, c.init)
     prompts = run_on_all_ranks(read_rlvr_prompts, c, Source(c.data, c.seed), tokenizer)
     quiz = run_on_all_ranks(read_rlvr_prompts, c, held_out_rows(c, c.quiz), tokenizer)
     held_out = HeldOut(tokenizer, questions=quiz)

@@ -79,13 +79,15 @@ class StageSettings(RunSettings):
     # the model to start from: a run, a checkpoint or a Hugging Face directory; none: what the stage
     # before left in runs/<size>
     init: str = ""
-    # .jsonl, .jsonl.gz, .parquet files, names of data sets on the Hub, or
+    # .jsonl or .json (also .gz, .zst), .parquet, names of data sets on the Hub, or
     # embedded/{instruct,sums,constraints}
     data: tuple[str, ...] = ()
     # held-out rows, likewise
     val: tuple[str, ...] = ()
     # held-out prompts to answer on the way, each with its verifier: rows as for grpo
     quiz: tuple[str, ...] = ()
+    # tulu: use Tulu's chat template, though the model has another one
+    template: Literal["", "tulu"] = ""
     # the run's folder; none: runs/<size>/<stage>
     out: str = ""
     # of the order of the rows, and of sampling
@@ -129,6 +131,9 @@ class SFTSettings(StageSettings):
     drop: bool = False
     # conversations begin with <|endoftext|>; the released 32B's do not
     bos: bool = True
+    # of the rows of --data and --val; sharegpt: {conversations: [{from, value}, ...]}; alpaca:
+    # {instruction, input, output}
+    layout: Literal["messages", "sharegpt", "alpaca"] = "messages"
     # ours: share of the rows that are text of the laptop's stage 2, all of it trained on; a tiny
     # model forgets fast
     replay: BelowOne = 0.0
@@ -166,11 +171,13 @@ def train_sft(c: SFTSettings, run: Run) -> None:
     tokens, not the mean, and the gradient's norm is clipped to 1: so every step's gradient has norm
     1. The gradient of a mean is hardly ever clipped. Both point the same way.
     """
-    tokenizer = instruct_tokenizer(c.init, c.bos)
+    tokenizer = instruct_tokenizer(c, c.init, c.bos)
     rows = read_sft_rows(c, tokenizer)
     held_out = HeldOut(
         tokenizer,
-        run_on_all_ranks(read_conversations, c, held_out_rows(c, c.val), tokenizer),
+        run_on_all_ranks(
+            read_conversations, c, replace(held_out_rows(c, c.val), layout=c.layout), tokenizer
+        ),
         run_on_all_ranks(read_prompts, held_out_rows(c, c.quiz), tokenizer),
     )
     steps = number_of_steps(c, len(rows), c.batch, c.epochs)
@@ -210,7 +217,8 @@ def train_sft(c: SFTSettings, run: Run) -> None:
 
 def read_sft_rows(c: SFTSettings, tokenizer: Tokenizer) -> list[tuple[Example]]:
     """The conversations to imitate and, with --replay, text of stage 2; on every rank."""
-    rows = run_on_all_ranks(read_conversations, c, Source(c.data, c.seed), tokenizer)
+    source = Source(c.data, c.seed, layout=c.layout)
+    rows = run_on_all_ranks(read_conversations, c, source, tokenizer)
     n_replayed = round(len(rows) * c.replay / (1 - c.replay))
     if not n_replayed:
         return rows
@@ -271,10 +279,20 @@ def held_out_rows(c: StageSettings, names: tuple[str, ...]) -> Source:
     return Source(names, c.seed, held_out=c.questions)
 
 
-def instruct_tokenizer(path: str, chat_bos: bool | None = None) -> Tokenizer:
-    """The tokenizer of the model at `path`, as that of the instruct model that is being made."""
+def instruct_tokenizer(c: StageSettings, path: str, chat_bos: bool | None = None) -> Tokenizer:
+    """The tokenizer of the model at `path`, as that of the instruct model that is being made.
+
+    Raises UserError for one with another chat template than Tulu's, unless --template names ours.
+    """
     folder, _ = run_on_all_ranks(find_weights, path)
     tokenizer = copy.copy(run_on_all_ranks(get_tokenizer, folder))
+    if tokenizer.foreign_template and not c.template:
+        raise UserError(
+            f"{path} has another chat template than Tulu's, which is the only one here: go on with "
+            "a model without one, or train it to use ours with --template tulu",
+            everywhere=True,
+        )
+    tokenizer.foreign_template = False
     tokenizer.instruct = True
     if chat_bos is not None:
         tokenizer.chat_bos = chat_bos

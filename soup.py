@@ -39,6 +39,7 @@ from infra.files import (
     UserError,
     make_folder,
     read_json,
+    read_number,
     replace_folder,
     temporary_folder,
     write_json,
@@ -134,6 +135,8 @@ def weighted_mean(
         for where, part in ingredient.stored.pieces(name):
             total[where].add_(part, alpha=weight)
             ingredient.digest.update(part.view(torch.uint8).numpy())
+    if not total.sum().isfinite():
+        raise UserError(f"{name} is NaN or infinite in an ingredient: see which with sample.py")
     return total.div_(sum(weights)).to(like.dtype)
 
 
@@ -362,7 +365,7 @@ def check_finished(run: Path) -> None:
     states = list_states(run)
     if not (states and (run / "run.json").exists()):
         return
-    tokens = read_json(states[0] / "state.json")["tokens"]
+    tokens = read_number(states[0] / "state.json", "tokens")
     # Post-training has no such setting.
     asked = settings_of_run(run).get("tokens", 0)
     if tokens < asked:
@@ -389,8 +392,9 @@ def check_out(out: Path, asked: dict) -> None:
     if (out / "soup.json").exists():
         there = read_json(out / "soup.json").get("asked", asked)
         if there != asked:
+            paths = there.get("ingredients") if isinstance(there, dict) else None
             raise UserError(
-                f"{out} holds another soup, of {' '.join(there['ingredients'])}: "
+                f"{out} holds another soup, of {' '.join(map(str, paths or ['what is unknown']))}: "
                 "remove it, or choose another folder with --out"
             )
 

@@ -18,6 +18,7 @@ import base64
 import functools
 import hashlib
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,10 @@ CHAT_TEMPLATE = (
 )
 
 
+# Marks by which other templates are known: a template is a program, and none is run here.
+FOREIGN_MARKS = ("<|im_start|>", "<|end|>", "<|eot_id|>", "[INST]", "</s>")
+
+
 @dataclass(eq=False, repr=False)
 class Tokenizer:
     """Byte-level BPE: text <-> ids, and conversations -> ids.
@@ -82,6 +87,8 @@ class Tokenizer:
     # Does the model beside it expect conversations? posttrain.py's do, and released ones that
     # have a template.
     instruct: bool = False
+    # Has the model beside it a chat template of another form than Tulu's?
+    foreign_template: bool = False
 
     def __post_init__(self):
         self.eos = self.added["<|endoftext|>"]
@@ -371,6 +378,15 @@ def olmo2_tokenizer() -> Tokenizer:
     return Tokenizer("olmo2", ranks, CL100K, added)
 
 
+def is_foreign(template: str) -> bool:
+    """Is a chat template another one than Tulu's?
+
+    >>> is_foreign(CHAT_TEMPLATE), is_foreign("{{ '<|im_start|>' + message['role'] }}")
+    (False, True)
+    """
+    return "<|assistant|>" not in template or any(mark in template for mark in FOREIGN_MARKS)
+
+
 def read_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in a folder's tokenizer.json. Raises UserError where it is of another kind."""
     stored = read_json(folder / "tokenizer.json")
@@ -384,13 +400,21 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         template = config.get("chat_template")
         if not template and jinja.exists():
             template = jinja.read_text(encoding="utf-8")
+        if isinstance(template, list):  # several by name
+            template = {each["name"]: each["template"] for each in template}.get("default")
+        foreign = bool(template) and is_foreign(template)
+        if foreign:
+            text = f"{folder}: its chat template is not Tulu's, in which conversations are written"
+            print(text, file=sys.stderr)
         # Ours say what they are; of others the template tells it.
         instruct = config.get("instruct", bool(template) and "name" not in config)
         chat_bos = "bos_token" in (template or CHAT_TEMPLATE)
         name = str(config.get("name", folder.name))
-        return Tokenizer(name, ranks, pattern, added, chat_bos, instruct)
-    except (KeyError, TypeError, IndexError) as error:
+        return Tokenizer(name, ranks, pattern, added, chat_bos, instruct, foreign)
+    except BaseException as error:  # tiktoken's Rust panics are no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise UserError(
             f"{folder}/tokenizer.json is not a byte-level BPE with <|endoftext|> and <|pad|>: "
-            f"{error!r}"
+            f"{error!r:.100}"
         ) from None

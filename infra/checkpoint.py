@@ -239,8 +239,11 @@ def check_tensors(folder: Path, tensors: Tensors, leave_out: tuple[str, ...] = (
         if name not in stored:
             continue
         size = stored[name].size
+        dtype = stored[name].properties.dtype
         if size != tensor.shape:
             problems.append(f"{name} is {list(size)}, not {list(tensor.shape)}")
+        elif not dtype.is_floating_point:
+            problems.append(f"{name} holds {dtype}, no weights")
         elif sum(math.prod(chunk.sizes) for chunk in stored[name].chunks) != tensor.numel():
             problems.append(f"{name} has pieces missing")
     if problems:
@@ -255,7 +258,11 @@ def check_files(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return
-    expected = set(read_json(index).get("weight_map", {}).values())
+    weight_map = read_json(index).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"{index}: expected file names under weight_map, by tensor")
+    expected = set(names)
     if missing := sorted(expected - files):
         raise UserError(f"{folder} lacks {', '.join(missing)}, named by its index")
     if extra := sorted(files - expected):

@@ -40,7 +40,14 @@ from infra.settings import RunSettings
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a script's main. A UserError becomes one line on standard error and exit status 2."""
+    """Run a script's main. A UserError becomes one line on standard error and exit status 2.
+
+    What a terminal cannot show is printed as an escape, and what nobody reads any more is lost: a
+    closed pipe does not end a run.
+    """
+    for name in ("stdout", "stderr"):
+        if not isinstance(getattr(sys, name), Unbreakable):
+            setattr(sys, name, Unbreakable(getattr(sys, name)))
     try:
         main()
     except UserError as error:
@@ -52,6 +59,34 @@ def run_cli(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("interrupted" if int(os.environ.get("RANK", 0)) == 0 else 1)
+
+
+class Unbreakable:
+    """A stream to which a write never fails."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        return self.attempt(self.stream.write, text) or len(text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, work: Callable, *arguments):
+        """Do it; if the reader has gone away, write to nowhere from now on."""
+        try:
+            return work(*arguments)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
+            return None
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -4,6 +4,7 @@ Whatever is written here is written to a temporary name first and then renamed, 
 that is killed leaves the old file or the new one, never half of it.
 """
 
+import codecs
 import contextlib
 import difflib
 import gzip
@@ -54,14 +55,30 @@ def join_problems(problems: list[str], most: int = 5) -> str:
 # JSON
 
 
-def read_json(path: Path):
-    """The content of a JSON file. Raises UserError that names a missing or damaged file."""
+def read_json(path: Path) -> dict:
+    """The object in a JSON file: all of ours, and those of the Hub, hold one.
+
+    Raises UserError that names a file that is missing or damaged, or holds something else.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():
+            raise OSError("it is no regular file")
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, got {str(value)[:40]!r}")
+    return value
+
+
+def read_number(path: Path, name: str) -> int:
+    """A whole number from 0 on in a JSON file. Raises UserError."""
+    value = read_json(path).get(name)
+    if type(value) is not int or value < 0:
+        raise UserError(f"{path}: expected a whole number under {name!r}, got {value!r}")
+    return value
 
 
 def write_json(path: Path, value) -> None:
@@ -76,45 +93,134 @@ def write_text(path: Path, text: str) -> None:
     os.replace(tmp, path)
 
 
-def json_lines(path: Path) -> Iterator[tuple[int, dict]]:
-    """(line number, object) of each line of a .jsonl, .jsonl.gz or .jsonl.zst file.
+def json_lines(path: Path, bar=None) -> Iterator[tuple[int, dict]]:
+    """(line number, object) of each line of a file of JSON lines, see `text_lines`.
 
-    Raises UserError with file and line for what is no JSON object, and for a damaged file.
+    bar: of tqdm, is moved by the file's bytes. Raises UserError with file and line for what is no
+    JSON object, and for a damaged file.
     """
+    before = bar.n if bar is not None else 0
     with open(path, "rb") as file:
-        try:
-            for number, line in enumerate(open_text(path, file), 1):
-                if line.strip():
-                    yield number, parse_object(path, number, line)
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{path} is damaged: {error}") from None
+        for number, line in text_lines(path, file):
+            if bar is not None:
+                bar.update(before + file.tell() - bar.n)
+            if line.strip():
+                yield number, parse_object(path, number, line)
 
 
 def parse_object(path: Path, number: int, line: str) -> dict:
     """The JSON object on a line. Raises UserError with file and line number."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):  # of brackets in brackets, 1,000 deep
         row = None
     if not isinstance(row, dict):
         shown = line[:60].strip()
-        raise UserError(f"{path}, line {number}: expected a JSON object, got {shown!r}")
+        hint = " (an array? write one object per line: jq -c '.[]')" if shown[:1] == "[" else ""
+        raise UserError(f"{path}, line {number}: expected a JSON object, got {shown!r}{hint}")
     return row
 
 
-def open_text(path: Path, file: io.BufferedReader) -> io.TextIOWrapper:
-    """The text of an open file, decompressed as the ending of `path` says (.gz, .zst)."""
-    if path.suffix == ".gz":
-        file = gzip.open(file)
-    elif path.suffix == ".zst":
-        try:
-            import zstandard
-        except ImportError:
-            raise UserError(
-                f"{path}: reading .zst needs the zstandard library: pip install zstandard"
-            ) from None
-        file = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-    return io.TextIOWrapper(file, encoding="utf-8", errors="replace")
+# ------------------------------------------------------------------------------------------
+# Text
+
+# Plain text; lines of JSON, whatever they are called. Each plain, or with .gz or .zst behind it.
+TEXT = (".txt",)
+ROWS = (".jsonl", ".json", ".ndjson")
+
+
+def ending(path: Path) -> str:
+    """The ending that says what a file holds, in small letters, or "" if it is no text of ours.
+
+    >>> ending(Path("wiki-0000.json.gz")), ending(Path("notes.JSONL")), ending(Path("._a.txt"))
+    ('.json', '.jsonl', '')
+    """
+    name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
+    kind = Path(name).suffix
+    return kind if kind in TEXT + ROWS and not path.name.startswith(".") else ""
+
+
+def text_stem(path: Path) -> str:
+    """The name of a text file without its endings.
+
+    >>> text_stem(Path("a/v1.5.JSONL.gz"))
+    'v1.5'
+    """
+    return path.name[: path.name.lower().rindex(ending(path))]
+
+
+def text_lines(path: Path, file: io.BufferedReader) -> Iterator[tuple[int, str]]:
+    """(line number, line with its end) of an open text file: UTF-8, plain, .gz or .zst.
+
+    Lines end with \\n alone, so that no character of a text breaks a row of JSON. A mark of UTF-8
+    at the beginning is left out. Raises UserError with the line for other encodings and for a
+    damaged archive: text that is replaced by question marks would be trained on.
+    """
+    number = 0
+    rest = b""
+    try:
+        for chunk in decompressed(path, file):
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                number += 1
+                yield number, decode_line(path, number, line + b"\n")
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is damaged after line {number}: {error}") from None
+    if rest:
+        yield number + 1, decode_line(path, number + 1, rest)
+
+
+def decode_line(path: Path, number: int, line: bytes) -> str:
+    """A line as text. Raises UserError for another encoding than UTF-8."""
+    if number == 1:
+        line = line.removeprefix(codecs.BOM_UTF8)
+        half_empty = line.count(0) > 0.3 * len(line)
+        if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or half_empty:
+            raise UserError(f"{path} is UTF-16: convert it first (iconv -f UTF-16 -t UTF-8)")
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}, line {number}: byte 0x{line[error.start]:02x} is no UTF-8: convert the file "
+            "first, if it is Latin-1 by iconv -f LATIN1 -t UTF-8"
+        ) from None
+
+
+def decompressed(path: Path, file: io.BufferedReader) -> Iterator[bytes]:
+    """The bytes of an open file in pieces, decompressed as the ending of `path` says.
+
+    Raises OSError, EOFError or zlib.error for a damaged one, also where it just ends too early.
+    """
+    ending = path.suffix.lower()
+    if ending == ".zst":
+        yield from zst_pieces(path, file)
+        return
+    source = gzip.open(file) if ending == ".gz" else file
+    while piece := source.read(2**16):
+        yield piece
+
+
+def zst_pieces(path: Path, file: io.BufferedReader) -> Iterator[bytes]:
+    """The frames of a .zst; the library's own reader takes one that is cut for one that ends."""
+    try:
+        import zstandard
+    except ImportError:
+        raise UserError(
+            f"{path}: reading .zst needs the zstandard library: pip install zstandard"
+        ) from None
+    frame = None  # one has not begun, or has ended
+    try:
+        while piece := file.read(2**16):
+            while piece:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                yield frame.decompress(piece)
+                piece = frame.unused_data
+                if frame.eof:
+                    frame = None
+    except zstandard.ZstdError as error:
+        raise OSError(str(error)) from None
+    if frame:
+        raise EOFError("the archive ends too early")
 
 
 # ------------------------------------------------------------------------------------------

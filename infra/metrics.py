@@ -8,6 +8,7 @@ import datetime
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -20,12 +21,30 @@ from infra.files import UserError, write_text
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl; a last line that a crash has cut short is left out."""
+    """The rows of a run's metrics.jsonl.
+
+    A last line that a crash has cut short is left out. So are other lines that are no rows, as
+    after a power cut, and how many they are is printed: a run must not stand still for them.
+    """
     path = run / "metrics.jsonl"
-    if not path.exists():
+    if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    *lines, _ = path.read_bytes().split(b"\n")
+    rows = [row for row in map(parse_row, lines) if row]
+    if len(rows) < len(lines):
+        text = f"{len(lines) - len(rows):,} lines of {path} are no rows, and are left out"
+        print(text, file=sys.stderr)
+    return rows
+
+
+def parse_row(line: bytes) -> dict | None:
+    """A line of metrics.jsonl; None if it is no row."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_row = isinstance(row, dict) and isinstance(row.get("event"), str)
+    return row if is_row and type(row.get("step")) is int else None
 
 
 def rows_of(run: Path, event: str) -> list[dict]:
@@ -39,9 +58,11 @@ class MetricsFile:
     def __init__(self, run: Path, rank: int, last_step: int, project: str, settings: dict):
         """Keep only rows up to `last_step`: a resumed run repeats the steps after its state."""
         self.wandb = None
+        self.n_rows = 0
         if rank == 0:
             kept = [row for row in read_metrics(run) if row["step"] <= last_step]
             write_text(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+            self.n_rows = len(kept)
             self.wandb = start_wandb(project, run, settings)
         path = run / "metrics.jsonl" if rank == 0 else os.devnull
         self.file = open(path, "a", encoding="utf-8", buffering=1)
@@ -49,6 +70,7 @@ class MetricsFile:
     def write(self, row: dict) -> None:
         plain = {name: None if is_not_finite(value) else value for name, value in row.items()}
         self.file.write(json.dumps(plain) + "\n")
+        self.n_rows += 1
         if self.wandb:
             numbers = {name: v for name, v in row.items() if isinstance(v, (int, float))}
             self.wandb.log(numbers, step=row["step"])

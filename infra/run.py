@@ -107,6 +107,9 @@ class Run:
         state = load_state(self.resumed_from, trained) if self.resumed_from else {}
         self.saved_by = state.get("world", 1) if state else self.world  # processes
         self.begin(state.get("step", 0), state.get("tokens", 0))
+        lost = state.get("rows", 0) - self.metrics.n_rows
+        if lost > 0 and self.rank == 0:
+            print(f"{self.folder}/metrics.jsonl has lost {lost:,} rows", file=sys.stderr)
         return state
 
     def title(self) -> str:
@@ -217,6 +220,7 @@ class Run:
         self.metrics.sync()
         wait = self.stop or self.step == self.total
         counts = {"step": self.step, "tokens": self.tokens, "world": self.world}
+        counts["rows"] = self.metrics.n_rows  # nothing else can tell that some are lost
         self.saver.save({**counts, **state}, self.trained, wait)
 
     # ---- the end
@@ -268,6 +272,11 @@ def create_or_resume_run(
     for name, value in as_json(settings).items():
         config[name] = {"value": value, "from": origin[name]}
     record = {"stage": stage, "config": config, "start": start, "data": data}
+    if list_states(run) and not (run / "run.json").exists():
+        raise UserError(
+            f"{run} has training states, but its run.json is gone, and so are its settings: put it "
+            "back, or choose another folder with --out"
+        )
     if (run / "run.json").exists() and (list_states(run) or read_metrics(run)):
         check_same_run(run, record, settings)
     write_json(run / "run.json", record | describe_machine())
@@ -295,7 +304,7 @@ def check_same_run(run: Path, record: dict, settings: RunSettings) -> None:
 
     record: what is to stand in run.json now.
     """
-    before = read_json(run / "run.json")
+    before = read_record(run)
     there = stage_of(before)
     if there != record["stage"]:
         raise UserError(
@@ -319,6 +328,18 @@ def check_same_run(run: Path, record: dict, settings: RunSettings) -> None:
         )
 
 
+def read_record(run: Path) -> dict:
+    """The run.json of a run. Raises UserError for what is none: settings must not be guessed."""
+    path = run / "run.json"
+    record = read_json(path)
+    config, data = record.get("config"), record.get("data")
+    entries = config.values() if isinstance(config, dict) else [None]
+    whole = all(isinstance(entry, dict) and "value" in entry for entry in entries)
+    if not (whole and isinstance(data, dict) and "hash" in data):
+        raise UserError(f"{path} is no run.json: expected the settings under config, and data")
+    return record
+
+
 def stage_of(record: dict) -> str:
     """The stage of a run.json; older ones have it elsewhere or not at all."""
     stage = record.get("stage") or record["data"].get("stage")
@@ -328,7 +349,7 @@ def stage_of(record: dict) -> str:
 def settings_of_run(run: Path) -> dict:
     """{setting: value} of a run's run.json, lists as the tuples that they were."""
     settings = {}
-    for name, entry in read_json(run / "run.json")["config"].items():
+    for name, entry in read_record(run)["config"].items():
         value = entry["value"]
         settings[name] = tuple(value) if isinstance(value, list) else value
     return settings

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from infra.files import UserError, did_you_mean, join_problems, json_lines
+from infra.files import ROWS, UserError, did_you_mean, ending, join_problems, json_lines
 from tasks.constraints import verify_constraint
 from tasks.own_reward import load_reward, own_score
 from tasks.synthetic import instruct_rows, rlvr_rows
@@ -104,16 +104,21 @@ class Source:
     seed: int  # of embedded training rows
     # so many rows of each, of an embedded one its held-out split; 0: all, to train on
     held_out: int = 0
+    layout: str = "messages"  # of the rows: one of LAYOUTS
 
     def rows(self) -> list[Row]:
         """All rows, each with the place where it stands. Raises UserError."""
         rows = []
         for name in self.names:
             rows += self.rows_of(name)[: self.held_out or None]
-        return rows
+        if self.layout == "messages":
+            return rows
+        convert = LAYOUTS[self.layout]
+        made = parse_rows(rows, lambda row: {"messages": convert(row)})
+        return [(where, row) for (where, _), row in zip(rows, made)]
 
     def rows_of(self, name: str) -> list[Row]:
-        if name.endswith((".jsonl", ".jsonl.gz")):
+        if ending(Path(name)) in ROWS:
             if not Path(name).exists():
                 raise UserError(f"{name} does not exist")
             return [(f"{name}, line {number}", row) for number, row in json_lines(Path(name))]
@@ -138,8 +143,9 @@ def read_table(name: str) -> Iterable[dict]:
     is_hub_name = name.count("/") == 1 and not name.startswith("embedded/")
     if not is_file and (Path(name).exists() or not is_hub_name):
         raise UserError(
-            f"{name}{did_you_mean(name, EMBEDDED)}: expected a file .jsonl, .jsonl.gz or .parquet, "
-            f"one of {', '.join(EMBEDDED)}, or a data set on the Hub, as in allenai/RLVR-GSM"
+            f"{name}{did_you_mean(name, EMBEDDED)}: expected lines of JSON (.jsonl, .json, "
+            f".gz, .zst), a .parquet, one of {', '.join(EMBEDDED)}, or a data set on the Hub, as "
+            "allenai/RLVR-GSM"
         )
     try:
         import datasets
@@ -173,11 +179,45 @@ def read_messages(row: dict, key: str) -> list[dict]:
     """The conversation under a key of a row. Raises UserError."""
     messages = row.get(key)
     if not isinstance(messages, list) or not messages:
-        raise UserError(f'expected a list of messages under "{key}", got {str(row)[:60]}')
+        hint = ""
+        if "conversations" in row:
+            hint = ": ShareGPT's layout, see sft's --layout sharegpt"
+        elif "instruction" in row:
+            hint = ": Alpaca's layout, see sft's --layout alpaca"
+        raise UserError(f'expected a list of messages under "{key}", got {str(row)[:60]}{hint}')
     for i, message in enumerate(messages):
         check_message(f'"{key}", message {i}', message)
     return messages
 
+
+def from_sharegpt(row: dict) -> list[dict]:
+    """The messages of {"conversations": [{"from": "human", "value": …}, …]}. Raises UserError."""
+    roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+    roles["system"] = "system"
+    turns = row.get("conversations")
+    if not isinstance(turns, list):
+        raise UserError(f'expected a list under "conversations", got {str(row)[:60]}')
+    messages = []
+    for turn in turns:
+        if not isinstance(turn, dict) or turn.get("from") not in roles:
+            raise UserError(f'expected "from" human, gpt or system, got {str(turn)[:60]}')
+        messages.append({"role": roles[turn["from"]], "content": turn.get("value")})
+    return messages
+
+
+def from_alpaca(row: dict) -> list[dict]:
+    """The messages of {"instruction": …, "input": …, "output": …}. Raises UserError."""
+    asked, more, answer = (row.get(key) or "" for key in ("instruction", "input", "output"))
+    if not (asked and all(isinstance(text, str) for text in (asked, more, answer))):
+        raise UserError(f"expected texts under instruction and output, got {str(row)[:60]}")
+    question = f"{asked}\n\n{more}" if more else asked
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+LAYOUTS: dict[str, Callable[[dict], list[dict]]] = {
+    "sharegpt": from_sharegpt,
+    "alpaca": from_alpaca,
+}
 
 # ------------------------------------------------------------------------------------------
 # Examples: SFT, reward model, DPO
@@ -252,7 +292,18 @@ def read_examples(
             f"          {sum(map(bool, empty)):,} of {len(rows):,} rows teach nothing "
             "and are left out"
         )
-    return [row for row, *faults in zip(examples, same, empty) if not any(faults)]
+    cut = [is_same_pair(row) for row in examples]
+    if any(cut):
+        print(
+            f"          {sum(cut):,} of {len(rows):,} pairs are the same in their first "
+            f"{max_length:,} tokens, and are left out"
+        )
+    return [row for row, *faults in zip(examples, same, empty, cut) if not any(faults)]
+
+
+def is_same_pair(row: tuple[Example, ...]) -> bool:
+    """Is nothing left of what two conversations differ in?"""
+    return len(row) == 2 and np.array_equal(row[0].tokens, row[1].tokens)
 
 
 def name_faults(places: list[str], faults: list[str]) -> str:

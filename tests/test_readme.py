@@ -41,6 +41,7 @@ FLOORS = [
     ],
     ["decode"],
     ["model"],
+    ["documents"],
     ["data"],
     ["recipes"],
     ["likelihood"],

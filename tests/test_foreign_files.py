@@ -1,0 +1,227 @@
+"""Files that nobody vouches for: JSON of other shapes, damaged records, models that load wrongly."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, fails
+from safetensors.torch import load_file, save_file
+
+import data
+import posttrain
+import pretrain
+import sample
+import soup
+from data import TokenData, get_tokenizer, token_files
+from infra.checkpoint import list_states
+from infra.files import UserError, read_json
+from infra.metrics import read_metrics
+from model import OLMo2, read_config
+
+SHAPES = ["[]", "null", '"text"', "3", "", "{", "[" * 100_000, "{}", '{"a": [1, {"b": null}]}']
+FLAGS = "--seq-len 32 --batch 4 --threads 1 --save-every 4 --keep 0 --eval-every 8 --val-tokens 512"
+SHORT = [*FLAGS.split(), *"--log-every 8 --warmup 512 --horizon 4096 --questions 0".split()]
+
+
+@pytest.fixture(scope="module")
+def made(workplace):
+    """A run of eight steps, with its states."""
+    out = workplace / "runs/first"
+    pretrain.main([*SHORT, "--tokens", "1024", "--out", str(out)])
+    return out
+
+
+@pytest.fixture
+def run(made, here):
+    shutil.rmtree(here / "runs/copy", ignore_errors=True)
+    shutil.copytree(made, here / "runs/copy")
+    return here / "runs/copy"
+
+
+def go_on(run, tokens=1280):
+    pretrain.main([*SHORT, "--tokens", str(tokens), "--out", str(run)])
+
+
+# ---- JSON of other shapes
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "name", ["hf/config.json", "hf/tokenizer.json", "hf/tokenizer_config.json", "run.json"]
+)
+def test_json_of_another_shape_is_one_line(run, name, shape, capsys):
+    """Either it is refused by name, or it is as good as an empty object."""
+    (run / name).write_text(shape)
+    if name == "run.json":
+        error = fails(pretrain.main, [*SHORT, "--tokens", "1280", "--out", str(run)], capsys)
+    else:
+        if shape in ("{}", SHAPES[-1]) and name == "hf/tokenizer_config.json":
+            return
+        error = fails(sample.main, [str(run / "hf"), "The", "--max-new-tokens", "2"], capsys)
+    assert name.split("/")[-1] in error and "\n" not in error.strip()
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("num_hidden_layers", 0),
+        ("num_hidden_layers", "4"),
+        ("num_hidden_layers", True),
+        ("hidden_size", 10**12),
+        ("hidden_size", 96.0),
+        ("rope_theta", -1.0),
+        ("rope_theta", "x"),
+        ("rms_norm_eps", float("nan")),
+        ("rms_norm_eps", 0),
+        ("vocab_size", None),
+        ("quantization_config", {"bits": 4}),
+        ("sliding_window", 4096),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+        ("norm", "batchnorm"),
+        ("qk_norm", "yes"),
+    ],
+)
+def test_shapes_that_no_model_has_are_named(run, key, value):
+    path = run / "hf/config.json"
+    path.write_text(json.dumps(read_json(path) | {key: value}))
+    with pytest.raises(UserError, match=r"config.json (has|lacks) .*|d_model .* multiple"):
+        OLMo2.load(run / "hf")
+
+
+def test_config_as_transformers_accepts_it(run):
+    path = run / "hf/config.json"
+    whole = read_json(path)
+    changes = {
+        "rope_scaling": {"rope_type": "default"},
+        "num_key_value_heads": None,
+        "eos_token_id": [whole["eos_token_id"], 7],
+        "pad_token_id": None,
+    }
+    path.write_text(json.dumps(whole | changes))
+    config = read_config(run / "hf")
+    assert (config.kv_heads, config.eos) == (config.heads, whole["eos_token_id"])
+    OLMo2.load(run / "hf")
+
+
+def test_a_pipe_does_not_block(run):
+    (run / "hf/config.json").unlink()
+    os.mkfifo(run / "hf/config.json")
+    with pytest.raises(UserError, match="no regular file"):
+        read_config(run / "hf")
+
+
+# ---- chat templates
+
+CHATML = "{% for message in messages %}{{ '<|im_start|>' + message['role'] }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [CHATML, [{"name": "default", "template": CHATML}]])
+def test_another_chat_template_is_refused_for_training(run, template, capsys):
+    path = run / "hf/tokenizer_config.json"
+    path.write_text(json.dumps(read_json(path) | {"chat_template": template}))
+    get_tokenizer.cache_clear()
+    flags = ["sft", "--init", str(run / "hf"), "--data", "embedded/instruct", "--steps", "1"]
+    flags += ["--out", "runs/foreign-sft", "--batch", "2", "--threads", "1", "--val", "--quiz"]
+    assert "another chat template than Tulu's" in fails(posttrain.main, flags, capsys)
+    posttrain.main([*flags, "--template", "tulu"])
+    assert not get_tokenizer(Path("runs/foreign-sft/hf")).foreign_template
+    shutil.rmtree("runs/foreign-sft")
+
+
+# ---- weights
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+def test_nan_in_weights_is_reported(run, bad, capsys):
+    path = run / "hf/model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][3] = float(bad)
+    save_file(tensors, path)
+    words = "weights that are NaN or infinite: model.norm.weight"
+    assert words in fails(sample.main, [str(run / "hf"), "The"], capsys)
+    paths = [str(run / "hf"), str(run), "--out", "runs/bad-soup", "--no-score"]
+    shutil.copytree(run / "hf", run.parent / "other")
+    error = fails(soup.main, [str(run / "hf"), str(run.parent / "other"), *paths[2:]], capsys)
+    assert "model.norm.weight is NaN or infinite" in error
+    assert not Path("runs/bad-soup").exists()
+    shutil.rmtree(run.parent / "other")
+
+
+def test_integers_are_no_weights(run):
+    path = run / "hf/model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = torch.ones(96, dtype=torch.int32)
+    save_file(tensors, path)
+    with pytest.raises(UserError, match="model.norm.weight holds torch.int32, no weights"):
+        OLMo2.load(run / "hf")
+
+
+# ---- records of a run
+
+
+@pytest.mark.parametrize("damage", ["nuls", "cut", "latin1", "gone"])
+def test_damaged_metrics_do_not_stop_a_run(run, damage, capsys):
+    path = run / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    bad = {"nuls": b"\0" * 50 + b"\n", "cut": lines[3][:20] + b"\n", "latin1": b'{"\xe4": 1}\n'}
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(b"".join([*lines[:3], bad[damage], *lines[4:]]))
+    go_on(run)
+    error = capsys.readouterr().err
+    assert "metrics.jsonl has lost" in error
+    assert damage == "gone" or "1 lines of" in error
+    assert [row["step"] for row in read_metrics(run) if row["event"] == "step"][-1] == 10
+
+
+def test_settings_are_never_guessed(run, capsys):
+    (run / "run.json").unlink()
+    error = fails(pretrain.main, [*SHORT, "--tokens", "1280", "--out", str(run)], capsys)
+    assert "its run.json is gone" in error and len(list_states(run)) == 2
+    shutil.rmtree(run)
+
+
+# ---- token files
+
+
+def test_changed_token_files_are_found_before_training(here, capsys):
+    laptop = get_tokenizer("laptop")
+    data.write_tokens(["some words"] * 200, here / "mine/train", "mine", laptop)
+    (path,) = token_files([here / "mine"], "train")
+    data.main(["--verify", str(here / "mine")])
+    assert "1 of 1 token files have a sha256" in capsys.readouterr().out
+    tokens = np.fromfile(path, "<u4")
+    tokens[50] += 1
+    tokens.tofile(path)
+    with pytest.raises(UserError, match="mine-00000.npy has changed since it was made"):
+        TokenData([path], 8, laptop)
+    assert "has changed" in fails(data.main, ["--verify", str(here / "mine")], capsys)
+
+
+# ---- terminals
+
+
+def test_a_closed_pipe_and_a_terminal_without_utf8_end_nothing(run):
+    script = f"{sys.executable} {ROOT}/pretrain.py {' '.join(SHORT)} --tokens 1280 --out {run}"
+    command = f"PYTHONUNBUFFERED=1 {script} | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert read_metrics(run)[-1]["step"] == 10
+    command = [
+        sys.executable,
+        f"{ROOT}/sample.py",
+        str(run),
+        "M\u00e4dchen",
+        "--max-new-tokens",
+        "2",
+    ]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "M\\xe4dchen" in done.stdout, done.stderr
