@@ -1371,7 +1371,7 @@ def test_the_recipe_of_each_size(size, rl, expected):
             "runs/tiny/rm does not exist: make it first (python posttrain.py rm)",
         ),
         (["sft", "--init", "BASE", "--data", "none.jsonl"], "none.jsonl does not exist"),
-        (["sft", "--init", "BASE", "--data", "some.txt"], "expected a file .jsonl"),
+        (["sft", "--init", "BASE", "--data", "some.txt"], "expected lines of JSON (.jsonl"),
         (
             ["sft", "--init", "BASE", "--data", "embedded/instruction"],
             "did you mean embedded/instruct?",

@@ -563,10 +563,22 @@ def test_bad_flags_are_explained_by_tyro(flags, words, here, capsys):
 
 def test_a_state_of_another_model_is_refused(finished, here, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
-    (tmp_path / "run/run.json").unlink()
+    path = tmp_path / "run/run.json"
+    record = json.loads(path.read_text())
+    record["config"]["qk_norm"]["value"] = False
+    path.write_text(json.dumps(record))
     line = fails(
         module.main,
-        [*SHORT, "--tokens", "2048", "--out", str(tmp_path / "run"), "--no-qk-norm"],
+        [
+            *SHORT,
+            "--tokens",
+            "2048",
+            "--horizon",
+            "4096",
+            "--out",
+            str(tmp_path / "run"),
+            "--no-qk-norm",
+        ],
         capsys,
     )
     assert "holds another model (" in line and "qk_norm None, not False)" in line
