@@ -290,7 +290,7 @@ def is_words(text: str) -> bool:
 
 UNITS = (
     "square|cubic|units?|ways?|integers?|dollars?|cents?|mph|inch(?:es)?|ft|foot|feet|hours?|hrs?|"
-    "minutes?|seconds?|days?|km|cm|mm|m|kilometers?|meters?|centimeters?|miles?|points?|digits?|"
+    "minutes?|seconds?|days?|km|cm|mm|kilometers?|meters?|centimeters?|miles?|points?|digits?|"
     "degrees?|gm|grams?|pounds?|meals?|edges?|students?|children|tickets?|multiples|ounces?|years?"
 )
 # Words behind a number that are more than a unit: 9 a.m., 5 million.
