@@ -258,7 +258,8 @@ HASHED_BYTES = 2**30
 class TokenData:
     """Instances of `seq_len` tokens over token files, in the official order.
 
-    Raises UserError for a file that is empty, truncated, or made by another tokenizer.
+    Raises UserError for a file that is empty, truncated, of another format, changed since it was
+    made, or made by another tokenizer.
     """
 
     files: list[Path]

@@ -244,7 +244,7 @@ def text_sources(
         return by_source(token_files([embedded_corpus(tokenizer)], "val"))
     texts = [path for path in map(Path, paths) if ending(path)]
     names = [text_stem(path) for path in texts]
-    for path, name in zip(texts, names):
+    for number, (path, name) in enumerate(zip(texts, names)):
         if names.count(name) > 1:  # two files of one name are two columns
             name = f"{path.resolve().parent.name}-{name}"
         size = path.stat().st_size
@@ -252,9 +252,7 @@ def text_sources(
             total=size, desc=name, unit="B", unit_scale=True, leave=False, disable=None
         ) as bar:
             documents = (text for _, text in read_documents(path, 0.0, bar))
-            counts = write_tokens(
-                documents, folder / str(len(list(folder.iterdir()))), name, tokenizer
-            )
+            counts = write_tokens(documents, folder / str(number), name, tokenizer)
         if counts["tokens"] < seq_len:
             raise UserError(f"{path} has fewer than the {seq_len} tokens of an instance")
     return by_source([*held_out_files(paths), *sorted(folder.rglob("*.npy"))])
