@@ -26,7 +26,6 @@ from infra.files import UserError, read_number
 from infra.metrics import rows_of
 from infra.run import open_run, settings_of_run
 from infra.settings import parse_flags, silence_other_ranks
-from model import check_size
 from pretrain import check, default_settings, lr_at, read_size, refuse_plan, train
 from recipes import (
     ANNEAL_LR,
@@ -39,6 +38,7 @@ from recipes import (
     AnnealSettings as Config,
     PretrainSettings,
 )
+from shape import check_size
 
 # ------------------------------------------------------------------------------------------
 # What stage 2 changes

@@ -26,7 +26,6 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 import random
 import sys
 from collections.abc import Iterable, Iterator
@@ -47,6 +46,7 @@ from infra.files import (
     replace_folder,
     sha256,
     temporary_folder,
+    tmp_beside,
     write_json,
 )
 from tasks.synthetic import SOURCES, VERSION_SOURCE, embedded_documents
@@ -517,11 +517,6 @@ def embedded_corpus(tokenizer: Tokenizer, out: Path = Path("tokens"), stage: int
         if not has_version(folder, version):
             replace_folder(tmp, folder)
     return folder
-
-
-def tmp_beside(folder: Path) -> Path:
-    """Where this process makes a folder that is to be renamed to `folder`."""
-    return folder.with_name(f".{folder.name}-{os.getpid()}")
 
 
 def has_version(folder: Path, version: str) -> bool:

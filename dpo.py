@@ -35,7 +35,7 @@ from infra.distributed import (
 from infra.files import UserError, json_lines, write_text
 from infra.run import Run
 from infra.settings import NotNegative, Positive, TwoOrMore
-from model import OLMo2, read_config
+from model import OLMo2
 from pretrain import set_lr, what_is_trained
 from sft import (
     Completion,
@@ -60,6 +60,7 @@ from sft import (
     score_rows,
     take_step,
 )
+from shape import read_config
 from tasks.conversations import (
     Example,
     Prompt,
@@ -206,7 +207,7 @@ def train_dpo(c: DPOSettings, run: Run) -> None:
             columns = pair_columns(*dpo_loss(*scores, *reference_val, c.beta))
         record_eval(c, run, model, held_out, columns)
 
-    if run.step == 0:
+    if run.evaluation_owed(steps):
         evaluate()
     for step in run.steps(steps):
         # 1. learning rate
@@ -230,12 +231,12 @@ def train_dpo(c: DPOSettings, run: Run) -> None:
         # 3. clip and step
         grad_norm = take_step(model, optimizer, c.clip)
 
-        # 4. log, evaluate, save
+        # 4. log, save, evaluate
         log_pairs(run, n_tokens, sums, lr, grad_norm)
-        if run.due(c.eval_every) and not run.stop:
-            evaluate()
-        if run.save_due(c.save_every):
+        if run.save_due():
             run.save()
+        if run.evaluation_due():
+            evaluate()
     finish_stage(run)
 
 
@@ -267,7 +268,7 @@ def train_reward_model(c: RewardModelSettings, run: Run) -> None:
             chosen, rejected = score_pairs(model, val, c, score)
             record_columns(run, pair_columns(reward_loss(chosen, rejected), chosen, rejected))
 
-    if run.step == 0:
+    if run.evaluation_owed(steps):
         evaluate()
     for step in run.steps(steps):
         # 1. learning rate
@@ -288,12 +289,12 @@ def train_reward_model(c: RewardModelSettings, run: Run) -> None:
         # 3. clip and step
         grad_norm = take_step(model, optimizer, c.clip)
 
-        # 4. log, evaluate, save
+        # 4. log, save, evaluate
         log_pairs(run, n_tokens, sums, lr, grad_norm)
-        if run.due(c.eval_every) and not run.stop:
-            evaluate()
-        if run.save_due(c.save_every):
+        if run.save_due():
             run.save()
+        if run.evaluation_due():
+            evaluate()
     finish_stage(run)
 
 
@@ -426,9 +427,9 @@ def make_preference_pairs(c: PrefsSettings, run: Run) -> None:
     for step in run.steps(len(parts)):
         part = parts[step]
         rows = maker.build_pairs(part.prompts, step)
-        on_rank_zero(part.write, rows)
         run.all_sum()  # no sums, but news of signals
         run.log(0, skipped=False, pairs=len(rows) / len(part.prompts))
+        on_rank_zero(part.write, rows)  # the last: what is there is not made again
     run.exit_if_stopped()
     on_rank_zero(merge_parts, merged, parts)
     if not (run.folder / "train.jsonl").stat().st_size:

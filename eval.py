@@ -35,7 +35,7 @@ from data import (
 )
 from decode import decode_steps
 from documents import read_documents
-from infra.checkpoint import find_weights
+from infra.checkpoint import find_weights, list_states
 from infra.distributed import best_device, rank_and_world, run_cli
 from infra.files import UserError, ending, read_number, text_stem, write_json
 from infra.metrics import Curve, Panel, plot_curves, token_unit
@@ -51,7 +51,8 @@ from likelihood import (
     say_once,
     sum_loss_and_bytes as sum_loss_and_bytes,
 )
-from model import OLMo2, read_config
+from model import OLMo2
+from shape import read_config
 from tasks.benchmarks import (
     GENERATIVE,
     as_conversation,
@@ -429,8 +430,8 @@ def fold(widths: dict[str, int], width: int) -> list[list[str]]:
 
 def checkpoints_of(run: str) -> dict[str, int]:
     """checkpoint -> tokens seen, in the order of the steps of a run."""
-    folders = Path(run).glob("step*-tokens*")
-    tokens = {str(path): read_number(path / "state.json", "tokens") for path in folders}
+    states = list_states(Path(run))
+    tokens = {str(path): read_number(path / "state.json", "tokens") for path in states}
     if not tokens:
         raise UserError(f"{run} holds no checkpoint (step*-tokens*): --all-checkpoints takes runs")
     return dict(sorted(tokens.items(), key=lambda item: item[1]))

@@ -31,9 +31,10 @@ from data import get_tokenizer
 from infra.checkpoint import find_weights
 from infra.distributed import PEAK_FLOPS, BatchLayout, batch_layout, make_mesh, run_cli, shard_model
 from infra.settings import AboveZero, Positive, check_ranges, parse_flags
-from model import SIZES, ChunkedLoss, ModelConfig, OLMo2, read_config
+from model import ChunkedLoss, OLMo2
 from pretrain import make_optimizer, read_size
 from recipes import PRETRAIN, PretrainSettings
+from shape import SIZES, ModelConfig, read_config
 
 # From the published speeds of the 1B and 7B alone (tests/bench.py --plan); the 13B and 32B test
 # them. Small models do less FLOP/s: launching kernels takes longer than running them.

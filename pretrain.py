@@ -46,6 +46,7 @@ from data import (
 from eval import ask_questions
 from infra.checkpoint import (
     Trained,
+    check_unchanged,
     find_weights,
     load_state,
     load_tensors,
@@ -75,8 +76,9 @@ from infra.settings import (
     where_from,
 )
 from likelihood import bits_per_byte_by_source, by_source
-from model import SIZES, ModelConfig, OLMo2, check_size, hf_config, read_config, write_config
+from model import OLMo2, check_finite
 from recipes import PRETRAIN, RELEASED, PretrainSettings as Config
+from shape import SIZES, ModelConfig, check_size, hf_config, read_config, write_config
 from tasks.synthetic import SOURCES
 
 # ------------------------------------------------------------------------------------------
@@ -103,8 +105,8 @@ def train(c: Config, run: Run) -> None:
     steps = number_of_steps(c)
     announce(c, run, model, text, steps)
     run.name_batch = functools.partial(name_instances, text.train, c)
-    if c.init and run.step == 0:
-        evaluate(c, run, model, tokenizer, text)  # what there was before
+    if run.evaluation_owed(steps) and (run.step or c.init):  # not of random weights
+        evaluate(c, run, model, tokenizer, text)
 
     tokens_per_step = c.batch * c.seq_len
     # Those of instances without loss (--mask-repeats) count, too, as upstream.
@@ -131,12 +133,12 @@ def train(c: Config, run: Run) -> None:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        # 4. log, evaluate, save
+        # 4. log, save, evaluate
         run.log(tokens_per_step, skipped=not accepted, **sums, lr=lr, grad_norm=grad_norm)
-        if run.due(c.eval_every):
-            evaluate(c, run, model, tokenizer, text)
-        if run.save_due(c.save_every):
+        if run.save_due():
             run.save(skip_history=list(skip_step.history))
+        if run.evaluation_due():
+            evaluate(c, run, model, tokenizer, text)
 
     if not run.stop:
         ask_at_the_end(c, run, model, tokenizer, text)
@@ -378,7 +380,9 @@ def initialize(model: OLMo2, trained: Trained, tokenizer: Tokenizer, c: Config) 
         return
     folder, weights = run_on_all_ranks(find_weights, c.init)
     if not c.moments:
+        run_on_all_ranks(check_unchanged, folder, weights)
         load_tensors(weights, trained.tensors["model"])
+        run_on_all_ranks(check_finite, c.init, model)
         return
     damage = verify_state(folder)
     if damage:

@@ -311,7 +311,7 @@ def train_grpo(c: GRPOSettings, run: Run) -> None:
     optimizer = make_optimizer(model, c)
     begin_stage(c, run, what_is_trained(model, optimizer, tokenizer), prompts, c.prompts, steps)
     rows_per_part = c.prompts * c.samples // c.minibatches  # of a mini-batch, over all ranks
-    if run.step == 0:
+    if run.evaluation_owed(steps):
         record_eval(c, run, model, held_out, {})
 
     for step in run.steps(steps):
@@ -346,12 +346,12 @@ def train_grpo(c: GRPOSettings, run: Run) -> None:
                 run.add(loss=loss, clip_fraction=clipped, kl=kl)
             norms.append(take_step(model, optimizer, c.clip))
 
-        # 4. log, evaluate, save
+        # 4. log, save, evaluate
         log_rollouts(run, c, rollouts, norms, lr)
-        if run.due(c.eval_every) and not run.stop:
-            record_eval(c, run, model, held_out, {})
-        if run.save_due(c.save_every):
+        if run.save_due():
             run.save()
+        if run.evaluation_due():
+            record_eval(c, run, model, held_out, {})
     finish_stage(run)
 
 
@@ -375,7 +375,7 @@ def train_ppo(c: PPOSettings, run: Run) -> None:
     trained = with_value_model(what_is_trained(model, optimizer, tokenizer), value, value_optimizer)
     begin_stage(c, run, trained, prompts, c.prompts, steps)
     updates = c.passes * c.minibatches  # of a step
-    if run.step == 0:
+    if run.evaluation_owed(steps):
         record_eval(c, run, model, held_out, {})
 
     for step in run.steps(steps):
@@ -415,12 +415,12 @@ def train_ppo(c: PPOSettings, run: Run) -> None:
             norms.append(take_step(model, optimizer, c.clip))
             norms.append(take_step(value, value_optimizer, c.clip))
 
-        # 4. log, evaluate, save
+        # 4. log, save, evaluate
         log_rollouts(run, c, rollouts, norms, lr)
-        if run.due(c.eval_every) and not run.stop:
-            record_eval(c, run, model, held_out, {})
-        if run.save_due(c.save_every):
+        if run.save_due():
             run.save()
+        if run.evaluation_due():
+            record_eval(c, run, model, held_out, {})
     finish_stage(run)
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import TokenData, get_tokenizer, mix_files, mix_sources
-from infra.checkpoint import Trained, find_weights, load_tensors
+from infra.checkpoint import Trained, check_unchanged, find_weights, load_tensors
 from infra.distributed import (
     all_sum,
     checksum,
@@ -55,9 +55,10 @@ from infra.settings import (
     TwoOrMore,
 )
 from likelihood import length_sorted_batches, pad_rows
-from model import ModelConfig, OLMo2, read_config
+from model import OLMo2, check_finite
 from pretrain import adamw, clip_gradients, set_lr, what_is_trained
 from recipes import LAPTOP_MIX
+from shape import ModelConfig, read_config
 from tasks.conversations import (
     Example,
     Prompt,
@@ -184,7 +185,7 @@ def train_sft(c: SFTSettings, run: Run) -> None:
     model = load_model(c, c.init, run, longest=c.max_length)
     optimizer = make_optimizer(model, c)
     begin_stage(c, run, what_is_trained(model, optimizer, tokenizer), rows, c.batch, steps)
-    if run.step == 0:
+    if run.evaluation_owed(steps):
         evaluate_sft(c, run, model, held_out)
 
     for step in run.steps(steps):
@@ -206,12 +207,12 @@ def train_sft(c: SFTSettings, run: Run) -> None:
         # 3. clip and step
         grad_norm = take_step(model, optimizer, c.clip)
 
-        # 4. log, evaluate, save
+        # 4. log, save, evaluate
         run.log(n_tokens, skipped=not math.isfinite(grad_norm), **sums, lr=lr, grad_norm=grad_norm)
-        if run.due(c.eval_every) and not run.stop:
-            evaluate_sft(c, run, model, held_out)
-        if run.save_due(c.save_every):
+        if run.save_due():
             run.save()
+        if run.evaluation_due():
+            evaluate_sft(c, run, model, held_out)
     finish_stage(run)
 
 
@@ -309,6 +310,7 @@ def load_model(
     folder, weights = run_on_all_ranks(find_weights, path)
     config = run_on_all_ranks(read_config, folder)
     check_shape(path, config, longest, head)
+    run_on_all_ranks(check_unchanged, folder, weights)
     with torch.device("meta"):
         model = OLMo2(replace(config, head=head))
     shard_model(model, model.model.layers, c, run.mesh, bf16=run.device.type == "cuda")
@@ -320,6 +322,7 @@ def load_model(
         model.init_weights(c.seed, names=("score.weight",))
         del tensors["score.weight"]
         load_tensors(weights, tensors, leave_out=("lm_head.weight",))
+    run_on_all_ranks(check_finite, path, model)
     return model
 
 

@@ -33,7 +33,15 @@ from tqdm import tqdm
 
 from data import Tokenizer, embedded_corpus, get_tokenizer, mix_sources, token_files
 from eval import ask_questions, print_table, table_row
-from infra.checkpoint import StoredWeights, check_tensors, find_weights, list_states, write_weights
+from infra.checkpoint import (
+    StoredWeights,
+    check_tensors,
+    check_unchanged,
+    find_weights,
+    list_states,
+    write_manifest,
+    write_weights,
+)
 from infra.distributed import best_device, keep_freed_memory, run_cli
 from infra.files import (
     UserError,
@@ -48,7 +56,8 @@ from infra.metrics import Curve, Panel, plot_curves
 from infra.run import settings_of_run
 from infra.settings import Count, Positive, check_ranges
 from likelihood import bits_per_byte_by_source, by_source
-from model import OLMo2, check_size, read_config, write_config
+from model import OLMo2
+from shape import check_size, read_config, write_config
 from tasks.synthetic import SOURCES
 
 
@@ -89,9 +98,9 @@ class Ingredient:
     """
 
     def __init__(self, path: str):
-        folder, self.files = find_weights(path)
+        self.folder, self.files = find_weights(path)
         self.path = path
-        self.config = read_config(folder)
+        self.config = read_config(self.folder)
         self.tokenizer = get_tokenizer(path)
         self.stored = StoredWeights(self.files)
         self.digest = hashlib.sha256()  # of all values, in the order they are read
@@ -121,7 +130,10 @@ def average(weights: dict[str, float], out: Path) -> dict[str, str]:
     keep_freed_memory(True)
     write_config(out, first.config, first.stored.dtype)
     first.tokenizer.save(out)
+    write_manifest(out)
     hashes = {ingredient.path: ingredient.digest.hexdigest() for ingredient in ingredients}
+    for ingredient in ingredients:
+        check_unchanged(ingredient.folder, ingredient.files)
     check_distinct(hashes)
     return hashes
 

@@ -18,8 +18,10 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import sys
+import time
 import warnings
 from collections import ChainMap
 from collections.abc import Callable, Iterator
@@ -308,12 +310,12 @@ def count_name(tokens: int) -> str:
 
 
 def list_states(run: Path) -> list[Path]:
-    """The committed training states of a run, newest first."""
+    """The committed training states of a run, newest first; copies by other names are none."""
     steps = {}
     for path in run.glob("step*-tokens*"):
-        step = path.name.removeprefix("step").split("-")[0]
-        if path.is_dir() and step.isdigit():
-            steps[path] = int(step)
+        name = re.fullmatch(r"step(\d+)-tokens\d+[KMB]", path.name)
+        if name and path.is_dir():
+            steps[path] = int(name[1])
     return sorted(steps, key=steps.get, reverse=True)
 
 
@@ -359,9 +361,14 @@ def write_state(tmp: Path, state: dict, trained: Trained, group=None) -> None:
         on_rank_zero(check_tensors, tmp / part, tensors, group=group)  # reads what was written
     on_rank_zero(trained.describe, tmp, group=group)
     on_rank_zero(write_json, tmp / "state.json", state, group=group)
-    hashes = run_on_all_ranks(hash_files, tmp, group=group)
+    write_manifest(tmp, group)
+
+
+def write_manifest(folder: Path, group=None) -> None:
+    """Write manifest.json: {file: {bytes, sha256}} of a folder's files, which the ranks share."""
+    hashes = run_on_all_ranks(hash_files, folder, group=group)
     manifest = dict(ChainMap(*all_gather_objects(hashes, group)))
-    on_rank_zero(write_json, tmp / "manifest.json", manifest, group=group)
+    on_rank_zero(write_json, folder / "manifest.json", manifest, group=group)
 
 
 def hash_files(folder: Path) -> dict[str, dict]:
@@ -393,12 +400,13 @@ def remove_states(states: list[Path]) -> None:
 
 
 def export(run: Path, state: Path, trained: Trained, group=None) -> None:
-    """Make run/hf from a state's files; a reader finds the old directory or the new one."""
+    """Make run/hf from a state's files; a reader finds the old folder or the new one."""
     tmp = run / ".saving-hf"
     stored = state / "model"
     on_rank_zero(make_folder, tmp, group=group)
     run_on_all_ranks(export_weights, tmp, trained.tensors["model"], stored, group=group)
     on_rank_zero(trained.describe, tmp, group=group)
+    write_manifest(tmp, group)
     on_rank_zero(replace_folder, tmp, run / "hf", group=group)
 
 
@@ -473,7 +481,55 @@ def find_damage(folder: Path) -> str | None:
 
 def differs(path: Path, entry: dict) -> bool:
     """Has a file another size, or other contents, than its entry in the manifest?"""
-    return path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]
+    return path.stat().st_size != entry.get("bytes") or sha256(path) != entry.get("sha256")
+
+
+def check_unchanged(folder: Path, weights: Path) -> None:
+    """Raise UserError if weights or vocabulary differ from the manifest beside them.
+
+    So every stage that starts from an hf/ of ours knows that no bit of it has flipped. folder,
+    weights: as from `find_weights`; without a manifest, as in a download, there is nothing to
+    compare. Each rank reads its share of the files.
+    """
+    if not (folder / "manifest.json").exists():
+        return
+    rank, world = rank_and_world()
+    manifest = read_json(folder / "manifest.json")
+    files = [*sorted(weights.glob("*.safetensors")), folder / "tokenizer.json"]
+    for path in files[rank::world]:
+        entry = manifest.get(str(path.relative_to(folder)))
+        if isinstance(entry, dict) and differs(path, entry):
+            raise UserError(
+                f"{path} has changed since it was written, as {folder}/manifest.json says: name "
+                "another model or state, or remove the manifest if it was you who changed it"
+            )
+
+
+def read_steadily(folder: Path, read: Callable):
+    """read(), once more if a living run has replaced the folder meanwhile, as it does with its hf/.
+
+    Else it might have put together what belongs to two folders. It gives up after half a minute.
+    """
+    deadline = time.monotonic() + 30
+    while True:
+        before = identity(folder)
+        try:
+            value = read()
+        except (UserError, OSError):
+            if identity(folder) == before or time.monotonic() > deadline:
+                raise
+            continue
+        if identity(folder) == before or time.monotonic() > deadline:
+            return value
+
+
+def identity(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from another one that takes its place; None if there is none."""
+    try:
+        stat = folder.stat()
+        return stat.st_ino, stat.st_mtime_ns
+    except OSError:
+        return None
 
 
 def newest_state(run: Path) -> Path | None:

@@ -6,7 +6,10 @@ that is killed leaves the old file or the new one, never half of it.
 
 import codecs
 import contextlib
+import ctypes
 import difflib
+import fcntl
+import glob
 import gzip
 import hashlib
 import io
@@ -241,16 +244,49 @@ def make_folder(path: Path) -> Path:
 def temporary_folder(tmp: Path) -> Iterator[Path]:
     """An empty folder at `tmp`, to be renamed; if it was not, it goes, and so does an empty parent.
 
-    Raises UserError where it cannot be written.
+    It is locked while it is filled. Raises UserError where it cannot be written.
     """
     try:
-        yield make_folder(tmp)
+        with lock_folder(make_folder(tmp)):
+            yield tmp
     except OSError as error:
         raise UserError(f"cannot write to {tmp.parent}: {error.strerror}") from None
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
         with contextlib.suppress(OSError):
             tmp.parent.rmdir()
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Lock a folder until this process ends or is done, however that happens.
+
+    Raises BlockingIOError if another process has locked it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:  # a disk without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def tmp_beside(folder: Path) -> Path:
+    """Where this process makes a folder that is to be renamed to `folder`.
+
+    What processes that are dead have left there is removed.
+    """
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}-*"):
+        process = left.name.removeprefix(f".{folder.name}-")
+        if process.isdigit() and left.is_dir() and not left.is_symlink():
+            with contextlib.suppress(OSError), lock_folder(left):
+                shutil.rmtree(left)
+    return folder.with_name(f".{folder.name}-{os.getpid()}")
 
 
 def is_plain_name(name: str) -> bool:
@@ -274,22 +310,36 @@ def made_here(folder: Path) -> bool:
 
 
 def replace_folder(tmp: Path, final: Path) -> None:
-    """Rename the complete folder `tmp` to `final`; what stood there is removed only after that.
+    """Give the complete folder `tmp` the name `final`; what stood there is removed only after that.
 
-    A crash between the two renames leaves `.old-<name>`. Raises UserError where `final` was not
-    made here.
+    A reader finds the old folder or the new one. Where the disk cannot exchange two names, it may
+    for a moment find none, and a crash then leaves `.old-<name>`. Raises UserError where `final`
+    was not made here.
     """
-    if final.exists() and not made_here(final):
+    if not final.exists():
+        tmp.rename(final)
+        return
+    if not made_here(final):
         raise UserError(
             f"{final} is in the way, and nothing in it says that it was made here: move it, and "
             "try again"
         )
-    old = final.with_name(f".old-{final.name}")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
+    old = tmp
+    if not exchange(tmp, final):
+        old = final.with_name(f".old-{final.name}")
+        shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
-    tmp.rename(final)
+        tmp.rename(final)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two folders at once; False where the system or the disk cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # of Linux
+    here, exchange_flag = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(rename) and 0 == rename(
+        here, os.fsencode(one), here, os.fsencode(other), exchange_flag
+    )
 
 
 def sync(path: Path) -> None:

@@ -59,10 +59,14 @@ class MetricsFile:
         """Keep only rows up to `last_step`: a resumed run repeats the steps after its state."""
         self.wandb = None
         self.n_rows = 0
+        self.n_before_state = 0
         if rank == 0:
             kept = [row for row in read_metrics(run) if row["step"] <= last_step]
             write_text(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
             self.n_rows = len(kept)
+            # The evaluation after a step comes after the state of that step.
+            before = [row["step"] < last_step or row["event"] == "step" for row in kept]
+            self.n_before_state = sum(before)
             self.wandb = start_wandb(project, run, settings)
         path = run / "metrics.jsonl" if rank == 0 else os.devnull
         self.file = open(path, "a", encoding="utf-8", buffering=1)

@@ -8,15 +8,16 @@
             run.add(loss=loss)            # sums of this rank, over micro-batches
             sums = run.all_sum()          # of all ranks
             run.log(tokens, skipped=False, **sums)
-            if run.save_due(save_every):
+            if run.save_due():
                 run.save()
+            if run.evaluation_due():
+                ...
 
 A run is a folder with run.json (every setting and where it came from), metrics.jsonl, curves.png,
 training states and hf/. All ranks call all methods; rank 0 writes.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
@@ -42,8 +43,8 @@ from infra.distributed import (
     peak_flops,
     rank_and_world,
 )
-from infra.files import UserError, read_json, write_json
-from infra.metrics import MetricsFile, Progress, read_metrics
+from infra.files import UserError, lock_folder, read_json, write_json
+from infra.metrics import MetricsFile, Progress, read_metrics, rows_of
 from infra.settings import RunSettings
 
 MOST_SKIPPED = 20  # so many skipped steps in a row end a run
@@ -83,6 +84,7 @@ class Run:
         self.under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
         self.sums: dict[str, Tensor] = {}
         self.skipped_in_a_row = 0
+        self.saved = False  # there is a state
         self.name_batch: Callable[[int], str] = lambda step: ""  # for the error of skipped steps
         self.metrics: MetricsFile | None = None
         self.saver: Saver | None = None
@@ -104,10 +106,11 @@ class Run:
         """Load the newest good state into `trained`; returns its state.json, or {}."""
         self.trained = trained
         self.resumed_from = newest_state(self.folder)
-        state = load_state(self.resumed_from, trained) if self.resumed_from else {}
+        self.saved = self.resumed_from is not None
+        state = load_state(self.resumed_from, trained) if self.saved else {}
         self.saved_by = state.get("world", 1) if state else self.world  # processes
         self.begin(state.get("step", 0), state.get("tokens", 0))
-        lost = state.get("rows", 0) - self.metrics.n_rows
+        lost = state.get("rows", 0) - self.metrics.n_before_state
         if lost > 0 and self.rank == 0:
             print(f"{self.folder}/metrics.jsonl has lost {lost:,} rows", file=sys.stderr)
         return state
@@ -211,13 +214,28 @@ class Run:
         """Is it time, after this step, for what is done every so many steps and after the last?"""
         return self.step % every == 0 or self.step == self.total
 
-    def save_due(self, every: int) -> bool:
-        """As `due`; a run that was stopped is saved, too."""
-        return self.due(every) or self.stop
+    def save_due(self) -> bool:
+        """Is it time to save? Also after a signal, and before the first evaluation, if it fails."""
+        first_evaluation = self.due(self.settings.eval_every) and not self.saved
+        return self.due(self.settings.save_every) or self.stop or first_evaluation
+
+    def evaluation_due(self) -> bool:
+        """Is it time to evaluate? Not after a signal: a run is saved then, and ends."""
+        return self.due(self.settings.eval_every) and not self.stop
+
+    def evaluation_owed(self, total: int) -> bool:
+        """Was an evaluation due after the step where the run stands, and has not been made?
+
+        So it is at the beginning, and where a process ended between a step and its evaluation.
+        """
+        done = [row["step"] for row in rows_of(self.folder, "eval")]
+        was_due = self.step % self.settings.eval_every == 0 or self.step == total
+        return was_due and not all_gather_objects(self.step in done)[0]
 
     def save(self, **state) -> None:
         """Save a training state, with what else `state` holds, and renew hf/. Raises UserError."""
         self.metrics.sync()
+        self.saved = True
         wait = self.stop or self.step == self.total
         counts = {"step": self.step, "tokens": self.tokens, "world": self.world}
         counts["rows"] = self.metrics.n_rows  # nothing else can tell that some are lost
@@ -266,8 +284,9 @@ def create_or_resume_run(
     """Make a run's folder and run.json, or check that a run there is the same one."""
     run = Path(settings.out)
     check_writable(run)
-    for left in [*run.glob(".saving-*"), *run.glob(".old-hf")]:  # of a process that died in a save
-        shutil.rmtree(left)
+    if (run / "run.json").exists():
+        for left in [*run.glob(".saving-step*"), run / ".saving-hf", run / ".old-hf"]:
+            shutil.rmtree(left, ignore_errors=True)  # of a process that died in a save
     config = {}
     for name, value in as_json(settings).items():
         config[name] = {"value": value, "from": origin[name]}
@@ -381,32 +400,28 @@ def run_lock(run: Path) -> Iterator[None]:
 
     Workers, for one, outlive a torchrun that was killed by SIGKILL.
     """
-    lock = None
-    if int(os.environ.get("RANK", 0)) == 0:
-        with contextlib.suppress(OSError):  # `check_writable` will say it
-            run.mkdir(parents=True, exist_ok=True)
-        if run.is_dir():
-            lock = os.open(run, os.O_RDONLY)
-            take_lock(lock, run)
-    try:
+    if int(os.environ.get("RANK", 0)):
         yield
-    finally:
-        if lock is not None:
-            os.close(lock)
-            with contextlib.suppress(OSError):  # remove the folder, if it is still empty
-                run.rmdir()
-
-
-def take_lock(lock: int, run: Path) -> None:
-    """Lock an open folder until this process ends, however that happens. Raises UserError."""
+        return
+    with contextlib.suppress(OSError):  # `check_writable` will say it
+        run.mkdir(parents=True, exist_ok=True)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.ExitStack() as stack:
+            if run.is_dir():
+                take_lock(stack, run)
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # remove the folder, if it is still empty
+            run.rmdir()
+
+
+def take_lock(stack: contextlib.ExitStack, run: Path) -> None:
+    """Lock a run's folder until the stack is left. Raises UserError."""
+    try:
+        stack.enter_context(lock_folder(run))
     except BlockingIOError:
-        os.close(lock)
         script = Path(sys.argv[0]).name
         raise UserError(
             f"another process is writing to {run}: wait for it, stop it (pgrep -f {script}), "
             "or choose another --out"
         ) from None
-    except OSError:  # a disk without locks
-        pass

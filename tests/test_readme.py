@@ -40,6 +40,7 @@ FLOORS = [
         "tasks.conversations",
     ],
     ["decode"],
+    ["shape"],
     ["model"],
     ["documents"],
     ["data"],
