@@ -159,9 +159,11 @@ def hf_config(c: ModelConfig, dtype: torch.dtype) -> dict:
     if c.head == "score":  # transformers names its labels
         kind["architectures"] = ["Olmo2ForSequenceClassification"]
         kind |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
-    ablations = {
-        key: getattr(c, key) for key in ABLATIONS if getattr(c, key) != getattr(ModelConfig, key)
-    }
+    ablations = {}
+    for key in ABLATIONS:
+        value = getattr(c, key)
+        if value != getattr(ModelConfig, key):
+            ablations[key] = value
     if ablations:
         kind |= {"architectures": ["OLMo2Ablation"], "model_type": "olmo2-ablation"}
     return {
@@ -214,15 +216,21 @@ def check_shape(path: Path, shape: dict) -> None:
         if name not in shape:
             continue
         value = shape[name]
-        if kind is int:
-            fits = type(value) is int and (name not in ("eos", "pad")) <= value < 2**31
-        elif kind is float:
-            fits = type(value) in (int, float) and math.isfinite(value) and value > 0
-        else:
-            fits = type(value) is bool if kind is bool else value in typing.get_args(kind)
+        least = 0 if name in ("eos", "pad") else 1
         if value is None:
             problems.append(f"lacks {theirs[name]}")
-        elif not fits:
+        elif not is_possible(value, kind, least):
             problems.append(f"has {theirs.get(name, name)} = {value!r}")
     if problems:
         raise UserError(f"{path} {', '.join(problems)}")
+
+
+def is_possible(value, kind: type, least: int) -> bool:
+    """Is a value of the kind that a field of ModelConfig has? least: of whole numbers."""
+    if kind is bool:
+        return type(value) is bool
+    if kind is int:
+        return type(value) is int and least <= value < 2**31
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value) and value > 0
+    return value in typing.get_args(kind)
