@@ -25,7 +25,7 @@ from infra.distributed import run_cli, shutdown_distributed
 from infra.files import UserError, read_number
 from infra.metrics import rows_of
 from infra.run import open_run, settings_of_run
-from infra.settings import parse_flags, silence_other_ranks
+from infra.settings import check_values, parse_flags, silence_other_ranks
 from pretrain import check, default_settings, lr_at, read_size, refuse_plan, train
 from recipes import (
     ANNEAL_LR,
@@ -145,8 +145,9 @@ def stage1_settings(run: Path, size: str) -> PretrainSettings:
         return default_settings(size)
     names = PretrainSettings.__dataclass_fields__
     stored = {name: v for name, v in settings_of_run(run).items() if name in names}
+    check_values(PretrainSettings, stored, f"{run}/run.json: ")
     settings = PretrainSettings(**stored)
-    check_size(str(settings.size), f"{run}/run.json: ")
+    check_size(settings.size, f"{run}/run.json: ")
     return settings
 
 

@@ -178,10 +178,10 @@ def mix_shares(mix: Iterable[str]) -> dict[str, float]:
             weight = float(text)
         except ValueError:
             weight = 0.0
-        if not name or not 0 < weight < float("inf"):
+        if not name or not 0 < weight <= 1e15:
             raise UserError(
-                f"--mix {part}: expected source=weight with a weight above 0, as in prose=0.9 "
-                "math=0.1"
+                f"--mix {part}: expected source=weight with a weight above 0 and up to 1e15, as in "
+                "prose=0.9 math=0.1"
             )
         if name in weights:
             raise UserError(
@@ -196,6 +196,9 @@ def mix_shares(mix: Iterable[str]) -> dict[str, float]:
             )
         weights[name] = weight
     total = sum(weights.values())
+    for name, weight in weights.items():
+        if weight < 1e-9 * total:
+            raise UserError(f"--mix {name}={weight:g}: its share of the tokens is as good as none")
     return {name: weight / total for name, weight in weights.items()}
 
 

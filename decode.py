@@ -57,7 +57,7 @@ def decode_steps(
     """
     check_prompts(prompts, model.config.context)
     check_sampling(max_new_tokens, temperature, top_k, top_p)
-    draws = draws_per_row(seed, len(prompts), max_new_tokens)  # [B, steps]
+    draws = draws_per_row(seed, len(prompts), min(max_new_tokens, model.config.context))
     position = torch.tensor([len(prompt) for prompt in prompts])  # where a row's next token goes
     capacity = min(int(position.max()) + max_new_tokens, model.config.context)
     hidden, cache = read_prompts(model, prompts, capacity)  # hidden [B, D]
@@ -111,6 +111,8 @@ def check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: f
             f"temperature {temperature}, top_k {top_k}, max_new_tokens {max_new_tokens}"
             f" must be >= 0, top_p {top_p} in (0, 1]"
         )
+    if temperature and not 1e-3 <= temperature <= 1e3:
+        raise UserError(f"temperature {temperature} must be 0, or from 0.001 to 1000")
 
 
 def draws_per_row(seed: int | list[int], rows: int, steps: int) -> Tensor:
@@ -168,6 +170,7 @@ def sample_token(
     probs, ids = log_probs.exp().sort(dim=-1, descending=True, stable=True)
     likelier = probs.cumsum(-1) - probs  # the sum of all likelier tokens
     keep = likelier < top_p  # the fewest tokens that reach top_p
+    keep[:, 0] = True  # also where top_p is too small for fp32
     if top_k:
         keep[:, top_k:] = False
     return ids.gather(1, invert_cdf(probs * keep, draw))[:, 0]

@@ -34,7 +34,7 @@ from infra.distributed import (
 )
 from infra.files import UserError, json_lines, write_text
 from infra.run import Run
-from infra.settings import NotNegative, Positive, TwoOrMore
+from infra.settings import Length, NotNegative, Positive
 from model import OLMo2
 from pretrain import set_lr, what_is_trained
 from sft import (
@@ -159,7 +159,7 @@ class DPOSettings(PairSettings):
     """Direct preference optimization (open-instruct dpo_tune_cache.py)."""
 
     # tokens of a conversation; what is longer loses its end
-    max_length: TwoOrMore = 2048
+    max_length: Length = 2048
     # with --normalize; 0.1 is usual without
     beta: NotNegative = 5.0
     # scores are means over tokens (dpo_norm), not sums

@@ -36,10 +36,10 @@ from data import (
 from decode import decode_steps
 from documents import read_documents
 from infra.checkpoint import find_weights, list_states
-from infra.distributed import best_device, rank_and_world, run_cli
+from infra.distributed import best_device, rank_and_world, run_cli, set_threads
 from infra.files import UserError, ending, read_number, text_stem, write_json
 from infra.metrics import Curve, Panel, plot_curves, token_unit
-from infra.settings import Count, check_ranges
+from infra.settings import Count, Threads, check_ranges
 from likelihood import (
     BATCH_TOKENS,
     MAX_LENGTH,
@@ -194,6 +194,9 @@ class Config:
 
     # auto, cpu, mps, cuda
     device: str = "auto"
+
+    # CPU threads; 0: torch's choice
+    threads: Threads = 0
 
     # of the weights; auto: bfloat16 on CUDA, else float32
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -492,6 +495,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     # Everything that can be checked before the work.
     check_ranges(config)
+    if config.seq_len == 1:
+        raise UserError("--seq-len 1 has nothing to predict: 2 or more (0: as the model takes)")
+    set_threads(config.threads)
     tasks = resolve_tasks(config.tasks)
     check_tasks(tasks, config)
     runs = {run: checkpoints_of(run) for run in config.models} if config.all_checkpoints else {}

@@ -239,10 +239,13 @@ class Plan:
     def largest_micro_batch(self) -> int:
         """The largest micro-batch whose memory fits; 0 if none does."""
         whole = self.layout.rows
-        divisors = [rows for rows in range(1, whole + 1) if whole % rows == 0]
         usable = USABLE * self.c.gpu_memory * GIB
-        fit = [rows for rows in divisors if self.memory(rows, self.c.compile).total() <= usable]
-        return max(fit, default=0)
+        largest = 0
+        for i in range(1, math.isqrt(whole) + 1):
+            for rows in (i, whole // i):  # the divisors, in pairs
+                if whole % rows == 0 and self.memory(rows, self.c.compile).total() <= usable:
+                    largest = max(largest, rows)
+        return largest
 
     def step(self) -> Counter:
         """FLOPs (recomputation included) and bytes sent, by collective, of an optimizer step."""

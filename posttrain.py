@@ -46,9 +46,10 @@ from infra.files import UserError, did_you_mean, write_json
 from infra.metrics import Curve, Panel, plot_curves
 from infra.run import open_run
 from infra.settings import (
-    AboveZero,
     Count,
     Positive,
+    Rate,
+    Threads,
     check_ranges,
     flag_value,
     parse_flags,
@@ -250,13 +251,13 @@ class RecipeSettings:
     # of every stage
     seed: Count = 1
     # of each stage's steps: 0.05 for a quick look, in runs/<size>-quick
-    share: AboveZero = 1.0
+    share: Rate = 1.0
     # held-out questions of each kind in the table at the end, which tiny alone has
     questions: Positive = 500
     # auto, cpu, mps, cuda
     device: str = "auto"
     # CPU threads; 0: torch's choice
-    threads: Count = 0
+    threads: Threads = 0
 
 
 def stages_of(size: str, rl: str) -> list[tuple[str, int]]:

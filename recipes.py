@@ -14,10 +14,11 @@ from infra.settings import (
     AboveZero,
     BelowOne,
     Count,
+    Length,
     NotNegative,
     Positive,
+    Rate,
     RunSettings,
-    TwoOrMore,
 )
 
 # ------------------------------------------------------------------------------------------
@@ -47,7 +48,7 @@ class PretrainSettings(RunSettings):
 
     # ---- batches
     # tokens of an instance (paper Table 1)
-    seq_len: TwoOrMore = 4096
+    seq_len: Length = 4096
     # instances per optimizer step, over all processes
     batch: Positive = 512
     # instances per forward and backward of a process, at most; fewer take less memory, other last
@@ -69,7 +70,7 @@ class PretrainSettings(RunSettings):
 
     # ---- optimizer (paper section 3.3; OLMo olmo/optim.py)
     # peak learning rate
-    lr: AboveZero = 4e-4
+    lr: Rate = 4e-4
     # tokens of linear warm-up from 0 (official yamls)
     warmup: Count = 8_388_608_000
     # how the rate falls after the warm-up

@@ -19,8 +19,9 @@ import tyro
 
 from data import Tokenizer, get_tokenizer
 from decode import decode_steps
-from infra.distributed import best_device, run_cli
+from infra.distributed import best_device, run_cli, set_threads
 from infra.files import UserError
+from infra.settings import Count, NotNegative, PositiveShare, Threads, check_ranges
 from model import OLMo2
 
 
@@ -39,22 +40,25 @@ class Config:
     system: str = ""
 
     # at most so many
-    max_new_tokens: int = 200
+    max_new_tokens: Count = 200
 
     # 0: always the likeliest token
-    temperature: float = 0.8
+    temperature: NotNegative = 0.8
 
     # draw from the k likeliest tokens; 0: all
-    top_k: int = 0
+    top_k: Count = 0
 
     # draw from the fewest tokens that have this much probability together
-    top_p: float = 0.95
+    top_p: PositiveShare = 0.95
 
     # of the draws; another seed, another text
-    seed: int = 0
+    seed: Count = 0
 
     # auto, cpu, mps, cuda
     device: str = "auto"
+
+    # CPU threads; 0: torch's choice
+    threads: Threads = 0
 
 
 def continue_ids(
@@ -116,6 +120,8 @@ def read_line() -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     config = tyro.cli(Config, description=__doc__, args=arguments)
+    check_ranges(config)
+    set_threads(config.threads)
     model = OLMo2.load(config.model, device=best_device(config.device))
     tokenizer = get_tokenizer(config.model)
     chat = config.chat == "yes"
@@ -124,6 +130,8 @@ def main(arguments: list[str] | None = None) -> None:
     messages = [{"role": "system", "content": config.system}] if config.system else []
     texts = [config.prompt]
     if not config.prompt:
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="replace")  # what is typed may be no UTF-8
         wanted = "your turn" if chat else "the beginning of a text"
         print(f"{config.model}: type {wanted}; an empty line ends.", file=sys.stderr)
         texts = iter(read_line, "")  # until it returns an empty line

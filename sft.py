@@ -48,11 +48,13 @@ from infra.settings import (
     AboveZero,
     BelowOne,
     Count,
+    Length,
     NotNegative,
     Positive,
+    Rate,
     RunSettings,
     Share,
-    TwoOrMore,
+    Temperature,
 )
 from likelihood import length_sorted_batches, pad_rows
 from model import OLMo2, check_finite
@@ -96,14 +98,14 @@ class StageSettings(RunSettings):
     # length of the run; 0: once through the data, or --epochs times
     steps: Count = 0
     # of these steps: 0.05 for a quick look
-    share: AboveZero = 1.0
+    share: Rate = 1.0
     # tokens of an answer at most, where the model writes
     response_length: Positive = 2048
     # held-out rows of each file that take part
     questions: Positive = 200
 
     # peak learning rate
-    lr: AboveZero = 1e-6
+    lr: Rate = 1e-6
     # linear: to 0 at the end
     schedule: Literal["linear", "constant"] = "linear"
     # share of the steps in which the rate rises, from 0 at the first
@@ -127,7 +129,7 @@ class SFTSettings(StageSettings):
     # times that each row is seen
     epochs: Positive = 2
     # tokens of a conversation; what is longer loses its end
-    max_length: TwoOrMore = 4096
+    max_length: Length = 4096
     # leave out rows in which that leaves no answer (finetune.py does), instead of naming them
     drop: bool = False
     # conversations begin with <|endoftext|>; the released 32B's do not
@@ -149,7 +151,7 @@ class SamplingSettings(StageSettings):
     # answers per prompt
     samples: Positive = 16
     # of sampling; log-probabilities are taken at the same
-    temperature: AboveZero = 1.0
+    temperature: Temperature = 1.0
     # tokens of a prompt; longer ones are left out
     prompt_length: Positive = 2048
     # of a right answer; a score between 0 and 1 earns its part

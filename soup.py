@@ -20,7 +20,6 @@ of each ingredient's values, all scores, and the values on the lines) and soup.p
 """
 
 import hashlib
-import math
 import platform
 from dataclasses import dataclass
 from itertools import combinations
@@ -42,7 +41,7 @@ from infra.checkpoint import (
     write_manifest,
     write_weights,
 )
-from infra.distributed import best_device, keep_freed_memory, run_cli
+from infra.distributed import best_device, keep_freed_memory, run_cli, set_threads
 from infra.files import (
     UserError,
     make_folder,
@@ -54,9 +53,10 @@ from infra.files import (
 )
 from infra.metrics import Curve, Panel, plot_curves
 from infra.run import settings_of_run
-from infra.settings import Count, Positive, check_ranges
+from infra.settings import Count, Positive, Threads, check_ranges, check_values
 from likelihood import bits_per_byte_by_source, by_source
 from model import OLMo2
+from recipes import PretrainSettings
 from shape import check_size, read_config, write_config
 from tasks.synthetic import SOURCES
 
@@ -85,6 +85,8 @@ class Config:
     questions: Count = 500
     # auto, cpu, mps, cuda: for the scores
     device: str = "auto"
+    # CPU threads; 0: torch's choice
+    threads: Threads = 0
 
 
 # ------------------------------------------------------------------------------------------
@@ -205,11 +207,18 @@ def greedy_soup(
 # Scores
 
 
-def run_settings(path: str) -> dict:
-    """The settings of the run that a path is, or is a checkpoint of; {} where there is none."""
+def run_settings(path: str | Path) -> dict:
+    """The settings of the run that a path is, or is a checkpoint of; {} where there is none.
+
+    Raises UserError where those that count here are of another type.
+    """
     for folder in (Path(path), Path(path).parent):
         if (folder / "run.json").exists():
-            return settings_of_run(folder)
+            settings = settings_of_run(folder)
+            names = {"data", "val", "mix", "init", "seq_len", "tokens"} & settings.keys()
+            known = {name: settings[name] for name in names}
+            check_values(PretrainSettings, known, f"{folder}/run.json: ")
+            return settings
     return {}
 
 
@@ -329,12 +338,13 @@ def read_record(path: Path) -> tuple[list[str], list[float], list[str]]:
     try:
         entries = [(e["path"], float(e["weight"]), e["sha256"]) for e in record["ingredients"]]
         paths, weights, hashes = map(list, zip(*entries))
-    except (TypeError, KeyError, ValueError):
+        found = [Path(ingredient).exists() for ingredient in paths]
+    except (TypeError, KeyError, ValueError, OverflowError, OSError):
         raise UserError(
             f"{path} is no soup.json: expected ingredients, each with path, weight and sha256"
         ) from None
-    for ingredient in paths:
-        if not Path(ingredient).exists():
+    for ingredient, is_there in zip(paths, found):
+        if not is_there:
             raise UserError(
                 f"{ingredient}, named by {path}, is not here: its paths count from the folder "
                 "where that soup was made"
@@ -352,9 +362,10 @@ def check_flags(c: Config) -> None:
 
 def check_ingredients(paths: list[str], weights: list[float], out: Path) -> None:
     """Raise UserError unless each ingredient is a finished model with a weight, named once."""
-    if len(weights) != len(paths) or not all(0 < weight < math.inf for weight in weights):
+    if len(weights) != len(paths) or not all(1e-6 <= weight <= 1e6 for weight in weights):
         raise UserError(
-            f"--weights {weights}: expected {len(paths)} numbers above 0, one per ingredient"
+            f"--weights {' '.join(map(str, weights))}: expected {len(paths)} numbers from 1e-6 to "
+            "1e6, one per ingredient"
         )
     found = []
     for path in paths:
@@ -379,7 +390,7 @@ def check_finished(run: Path) -> None:
         return
     tokens = read_number(states[0] / "state.json", "tokens")
     # Post-training has no such setting.
-    asked = settings_of_run(run).get("tokens", 0)
+    asked = run_settings(run).get("tokens", 0)
     if tokens < asked:
         raise UserError(
             f"{run} is not finished, it stands at {tokens:,} of {asked:,} tokens: let it come to "
@@ -480,6 +491,7 @@ def plot(lines: list[dict], level: float, path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     c = tyro.cli(Config, description=__doc__, args=arguments)
     check_flags(c)
+    set_threads(c.threads)
     paths, weights, recorded = read_ingredients(c)
     out = Path(c.out or f"runs/{c.size}/soup")
     check_ingredients(paths, weights, out)

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -42,23 +43,40 @@ from infra.settings import RunSettings
 def run_cli(main: Callable[[], None]) -> None:
     """Run a script's main. A UserError becomes one line on standard error and exit status 2.
 
-    What a terminal cannot show is printed as an escape, and what nobody reads any more is lost: a
-    closed pipe does not end a run.
+    So does an OSError: a disk that is full, a path that is too long. What a terminal cannot show is
+    printed as an escape, and what nobody reads any more is lost: a closed pipe does not end a run.
     """
     for name in ("stdout", "stderr"):
         if not isinstance(getattr(sys, name), Unbreakable):
             setattr(sys, name, Unbreakable(getattr(sys, name)))
     try:
+        check_encoding(sys.argv[1:])
         main()
-    except UserError as error:
+    except (UserError, OSError, MemoryError) as error:
         rank = int(os.environ.get("RANK", 0))
         # Before the ranks have met, all of them read the same command line and find the same error.
-        if rank == 0 or (distributed.is_initialized() and not error.everywhere):
+        everywhere = getattr(error, "everywhere", False)
+        if rank == 0 or (distributed.is_initialized() and not everywhere):
             who = f"rank {rank}: " if rank else ""
-            print(f"{who}error: {error}", file=sys.stderr)
+            print(f"{who}error: {words_of(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("interrupted" if int(os.environ.get("RANK", 0)) == 0 else 1)
+
+
+def words_of(error: Exception) -> str:
+    """An error in one line."""
+    if isinstance(error, MemoryError):
+        return f"there is not enough memory {error}".strip()
+    named = isinstance(error, OSError) and error.strerror and error.filename
+    return f"{error.filename}: {error.strerror}" if named else str(error)
+
+
+def check_encoding(arguments: list[str]) -> None:
+    """Raise UserError for bytes that are no UTF-8: neither a model nor run.json could take them."""
+    for word in arguments:
+        if not word.isprintable() and re.search("[\ud800-\udfff]", word):
+            raise UserError(f"{word!a} on the command line is no UTF-8")
 
 
 class Unbreakable:
@@ -122,7 +140,7 @@ def run_on_all_ranks(work: Callable, *arguments, group=None):
     try:
         result = work(*arguments)
     except (UserError, OSError) as error:
-        problem = str(error)
+        problem = words_of(error)
     ranks_of: dict[str, list[int]] = {}
     for rank, text in enumerate(all_gather_objects(problem, group)):
         if text:
@@ -198,9 +216,19 @@ def best_device(name: str = "auto") -> torch.device:
         available.insert(0, "cuda")
     if name == "auto":
         name = available[0]
-    if name.split(":")[0] not in available:
+    try:
+        device = torch.device(name)
+        known = device.type in available and (device.index or 0) < count_devices(device.type)
+    except RuntimeError:  # of torch, with two lines of all devices that there are
+        known = False
+    if not known:
         raise UserError(f"no device {name!r} here: use one of auto, {', '.join(available)}")
-    return torch.device(name)
+    return device
+
+
+def count_devices(kind: str) -> int:
+    """How many devices of a kind this machine has."""
+    return torch.cuda.device_count() if kind == "cuda" else 1
 
 
 def keep_freed_memory(keep: bool) -> None:
@@ -231,9 +259,14 @@ def init_process(device_name: str, threads: int, timeout: int) -> torch.device:
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    set_threads(threads)
+    return device
+
+
+def set_threads(threads: int) -> None:
+    """Compute with so many threads of the CPU; 0: torch's choice."""
     if threads:
         torch.set_num_threads(threads)
-    return device
 
 
 def init_distributed(device_name: str, timeout: int) -> torch.device:
@@ -297,6 +330,11 @@ def meet(rank: int, world: int, timeout: int) -> distributed.Store:
         )
     except (KeyError, RuntimeError) as error:
         address = f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}"
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"another process listens at {address}: choose another port (torchrun "
+                "--master-port, or MASTER_PORT); torchrun --standalone finds a free one"
+            ) from None
         raise error_of_absence(
             f"rank {rank} of {world} did not reach rank 0 at {address} within {timeout} s "
             f"({first_line(error)}): start with torchrun, and see whether rank 0 lives",

@@ -245,11 +245,11 @@ def plot_run(run: Path) -> None:
     if not steps:
         return
     x = [row["step"] for row in steps]
-    skipped = [row["step"] for row in steps if row["skipped"]]
+    skipped = [row["step"] for row in steps if row.get("skipped")]
     panels = []
     for name in steps[0]:
         if name not in NOT_METRICS:
-            values = [math.nan if row[name] is None else row[name] for row in steps]
+            values = [math.nan if row.get(name) is None else row[name] for row in steps]
             is_norm = name == "grad_norm" and max(values) > 0
             axes = {"yscale": "log"} if is_norm else {}
             curves = [Curve(x, values, style={"linewidth": 0.8, "alpha": 0.3})]

@@ -11,6 +11,7 @@ import os
 import typing
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields
+from decimal import Decimal
 from typing import Annotated, ClassVar, Literal
 
 import tyro
@@ -22,8 +23,17 @@ from infra.files import UserError
 
 
 def parse_count(text: str) -> int:
-    """A whole number, written 1000000, 1_000_000 or 1e6."""
-    value = float(text.replace("_", ""))
+    """A whole number, written 1000000, 1_000_000 or 1e6, exactly: a float has only 53 bits.
+
+    >>> parse_count("1.5e3"), parse_count("9007199254740993")
+    (1500, 9007199254740993)
+    """
+    try:
+        value = Decimal(text.replace("_", ""))
+    except ArithmeticError:
+        raise ValueError(f"{text} is not a whole number") from None
+    if not (value.is_finite() and abs(value) < 2**63):
+        raise ValueError(f"{text} is not a whole number below 2^63")
     if value != int(value):
         raise ValueError(f"{text} is not a whole number")
     return int(value)
@@ -46,8 +56,10 @@ class Range:
     low: float = -math.inf
     high: float = math.inf
 
-    def holds(self, value: float) -> bool:
-        return math.isfinite(value) and self.low <= value <= self.high
+    def holds(self, value) -> bool:
+        """Is it a number in the range? What comes from a file may be anything."""
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and self.low <= value <= self.high and math.isfinite(value)
 
 
 JUST_ABOVE_0 = math.nextafter(0, 1)
@@ -55,30 +67,53 @@ JUST_BELOW_1 = math.nextafter(1, 0)
 
 Count = Annotated[int, WHOLE_NUMBER, Range("at least 0", 0)]
 Positive = Annotated[int, WHOLE_NUMBER, Range("at least 1", 1)]
+Threads = Annotated[int, WHOLE_NUMBER, Range("from 0 to 1024", 0, 1024)]
+Seconds = Annotated[int, WHOLE_NUMBER, Range("from 1 to 1000000", 1, 10**6)]
 TwoOrMore = Annotated[int, WHOLE_NUMBER, Range("at least 2", 2)]
+Length = Annotated[int, WHOLE_NUMBER, Range("from 2 to 16777216", 2, 2**24)]
 Number = Annotated[float, Range("a number")]
 NotNegative = Annotated[float, Range("at least 0", 0)]
 AboveZero = Annotated[float, Range("above 0", JUST_ABOVE_0)]
+Temperature = Annotated[float, Range("from 0.001 to 1000", 1e-3, 1e3)]
+Rate = Annotated[float, Range("above 0, and at most 100", JUST_ABOVE_0, 100)]
 Share = Annotated[float, Range("from 0 to 1", 0, 1)]
+PositiveShare = Annotated[float, Range("above 0, and at most 1", JUST_ABOVE_0, 1)]
 BelowOne = Annotated[float, Range("from 0 to below 1", 0, JUST_BELOW_1)]
 
 
 def check_ranges(settings) -> None:
     """Raise UserError that names every value out of its range or its choices."""
+    check_values(type(settings), vars(settings))
+
+
+def check_values(cls: type, values: dict, where: str = "") -> None:
+    """`check_ranges` for {setting: value} of a class, as it may stand in someone's run.json.
+
+    where: the file, for the error. Names that the class does not have are left out.
+    """
     problems = []
-    hints = typing.get_type_hints(type(settings), include_extras=True)
-    for field in fields(settings):
-        flag = f"--{field.name.replace('_', '-')}"
-        value = getattr(settings, field.name)
-        for mark in getattr(hints[field.name], "__metadata__", ()):
-            if isinstance(mark, Range) and not mark.holds(value):
-                problems.append(f"{flag} {value} must be {mark.words}")
-        if typing.get_origin(hints[field.name]) is Literal:
-            choices = typing.get_args(hints[field.name])
-            if value not in choices:
-                problems.append(f"{flag} {value} must be {' or '.join(choices)}")
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for name, value in values.items():
+        words = wanted(hints.get(name, typing.Any), value)
+        if words:
+            problems.append(f"--{name.replace('_', '-')} {value} must be {words}")
     if problems:
-        raise UserError("; ".join(problems))
+        raise UserError(f"{where}{'; '.join(problems)}")
+
+
+def wanted(hint, value) -> str:
+    """What a setting of this type must be, if the value is something else; else ""."""
+    for mark in getattr(hint, "__metadata__", ()):
+        if isinstance(mark, Range) and not mark.holds(value):
+            return mark.words
+    if WHOLE_NUMBER in getattr(hint, "__metadata__", ()) and not isinstance(value, int):
+        return "a whole number"
+    if typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
+        return " or ".join(typing.get_args(hint))
+    if hint in (str, bool) and type(value) is not hint:
+        return "text" if hint is str else "true or false"
+    is_list = isinstance(value, tuple) and all(isinstance(part, str) for part in value)
+    return "a list of texts" if hint == tuple[str, ...] and not is_list else ""
 
 
 # ------------------------------------------------------------------------------------------
@@ -112,7 +147,7 @@ class RunSettings:
     # auto, cpu, mps, cuda
     device: str = "auto"
     # CPU threads (they change the last bits of sums); 0: torch's choice
-    threads: Count = 0
+    threads: Threads = 0
     # torch.compile each block: a slow start, then faster steps
     compile: bool = False
     # processes that share one copy of the weights (FSDP), at most; others are replicas; 0: all
@@ -127,7 +162,7 @@ class RunSettings:
     # write states while training goes on; takes CPU memory for a copy
     async_save: bool = False
     # seconds that a process waits for another one before it gives up
-    timeout: Positive = 600
+    timeout: Seconds = 600
 
     # What may differ when a run goes on. Data must still be the same (their hash is compared).
     # Those of the second line change the last bits of the numbers.

@@ -233,7 +233,9 @@ def parse_request(row: dict, where: str) -> Request:
         case _:
             expected = "a request with doc_id, idx, label, request.context and request.continuation"
             raise not_expected(where, expected, row)
-    if not (isinstance(stops, list) and isinstance(options, dict)):
+    are_texts = isinstance(stops, list) and all(isinstance(stop, str) for stop in stops)
+    longest = options.get("max_gen_toks", 0) if isinstance(options, dict) else None
+    if not (are_texts and isinstance(longest, int) and longest >= 0):
         raise not_expected(where, "a list of stop_sequences and generation_kwargs by name", row)
     if not continuation:
         raise UserError(f"{where}: the continuation is empty, there is nothing to score")
@@ -245,7 +247,7 @@ def parse_request(row: dict, where: str) -> Request:
         label=freeze(label),
         unconditional=doc >= UNCONDITIONAL,
         stops=tuple(stops),
-        max_new_tokens=options.get("max_gen_toks", 0),
+        max_new_tokens=longest,
     )
 
 

@@ -1,8 +1,9 @@
-"""Files that nobody vouches for: JSON of other shapes, damaged records, models that load wrongly."""
+"""Files that nobody vouches for, and command lines at their edges: one line, and nothing wrong in silence."""
 
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ import torch
 from conftest import ROOT, fails
 from safetensors.torch import load_file, save_file
 
+import anneal
 import data
+import eval as eval_module
 import posttrain
 import pretrain
 import sample
@@ -225,3 +228,72 @@ def test_a_closed_pipe_and_a_terminal_without_utf8_end_nothing(run):
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and "M\\xe4dchen" in done.stdout, done.stderr
+
+
+# ---- the command line
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "main, flags, words",
+    [
+        (pretrain.main, ["--device", "cpu:x"], "no device 'cpu:x' here"),
+        (pretrain.main, ["--device", "cpu:7"], "no device 'cpu:7' here"),
+        (pretrain.main, ["--threads", "100000"], "--threads 100000 must be from 0 to 1024"),
+        (pretrain.main, ["--lr", "1e30"], "--lr 1e+30 must be above 0, and at most 100"),
+        (pretrain.main, ["--out", LONG], f"{LONG}: File name too long"),
+        (pretrain.main, ["--data", LONG], "File name too long"),
+        (pretrain.main, ["--mix", "math=1e308", "qa=1e308"], "--mix math=1e308: expected"),
+        (anneal.main, ["--mix", "math=1e-12", "qa=1", "--init", "RUN"], "as good as none"),
+        (posttrain.main, ["sft", "--share", "1e300"], "--share 1e+300 must be"),
+        (sample.main, ["RUN", "The", "--temperature", "1e-300"], "must be 0, or from 0.001"),
+        (sample.main, ["RUN", "The", "--max-new-tokens", "-1"], "--max-new-tokens -1 must be"),
+        (sample.main, [LONG], "File name too long"),
+        (eval_module.main, ["RUN", "--seq-len", "1"], "--seq-len 1 has nothing to predict"),
+        (soup.main, ["RUN", "RUN", "--weights", "1e308", "1e308"], "numbers from 1e-6 to 1e6"),
+        (data.main, [LONG], "File name too long"),
+    ],
+)
+def test_edges_of_the_command_line(main, flags, words, made, here, capsys):
+    error = fails(main, [str(made) if flag == "RUN" else flag for flag in flags], capsys)
+    assert words in error and "Errno" not in error
+
+
+def test_what_cannot_fit_into_memory_is_one_line(capsys):
+    def main(_):
+        return list(range(2**60))
+
+    assert "not enough memory" in fails(main, [], capsys)
+
+
+def test_an_answer_is_never_longer_than_the_context(made):
+    model = OLMo2.load(made)
+    (ids,), _ = model.generate([[5, 6]], 10**15, eos=None)
+    assert len(ids) == model.config.context - 2 + 1
+
+
+@pytest.mark.parametrize("where", ["argument", "stdin"])
+def test_bytes_that_are_no_utf8(made, where):
+    command = [sys.executable, f"{ROOT}/sample.py", str(made), "--max-new-tokens", "2"]
+    typed = b"\xe4\xff\n\n"
+    if where == "argument":
+        command.append(b"\xe4\xff")
+        typed = b""
+    done = subprocess.run(command, capture_output=True, input=typed)
+    assert done.returncode == (2 if where == "argument" else 0), done.stderr
+    assert b"Traceback" not in done.stderr
+    assert where == "stdin" or b"on the command line is no UTF-8" in done.stderr
+
+
+def test_a_port_in_use_is_one_line(here):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        world = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+        environment = os.environ | world | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, f"{ROOT}/pretrain.py", "--out", "runs/port", "--timeout", "20"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and f"another process listens at 127.0.0.1:{port}" in done.stderr

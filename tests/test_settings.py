@@ -27,9 +27,9 @@ def test_all_values_out_of_range_are_named_at_once():
     with pytest.raises(UserError) as error:
         check_ranges(c)
     assert str(error.value).split("; ") == [
-        "--seq-len 1 must be at least 2",
+        "--seq-len 1 must be from 2 to 16777216",
         "--batch 0 must be at least 1",
-        "--lr nan must be above 0",
+        "--lr nan must be above 0, and at most 100",
         "--schedule steps must be cosine or linear",
         "--lr-floor 1.0 must be from 0 to below 1",
     ]
@@ -68,6 +68,18 @@ def test_whole_numbers_are_written_as_people_write_them():
     with pytest.raises(SystemExit) as error:
         parse_flags(default, ["--tokens", "1.5"], "")
     assert error.value.code == 2
+
+
+@pytest.mark.parametrize("text", ["inf", "nan", "1e400", "1e30", "9223372036854775808", "", "x"])
+def test_what_is_no_whole_number_is_refused(text):
+    with pytest.raises(SystemExit) as error:
+        parse_flags(PretrainSettings(tokens=1), [f"--seed={text}"], "")
+    assert error.value.code == 2
+
+
+def test_a_seed_is_exact():
+    seed = 2**53 + 1  # as a float it would be 2^53
+    assert parse_flags(PretrainSettings(tokens=1), ["--seed", str(seed)], "").seed == seed
 
 
 def test_one_flag_is_read_before_the_rest():
