@@ -25,7 +25,7 @@ from infra.distributed import run_cli, shutdown_distributed
 from infra.files import UserError, read_number
 from infra.metrics import rows_of
 from infra.run import open_run, settings_of_run
-from infra.settings import check_values, parse_flags, silence_other_ranks
+from infra.settings import check_values, flags_in, parse_flags, silence_other_ranks
 from pretrain import check, default_settings, lr_at, read_size, refuse_plan, train
 from recipes import (
     ANNEAL_LR,
@@ -33,10 +33,10 @@ from recipes import (
     INGREDIENTS,
     LADDER_SEEDS,
     LAPTOP_MIX,
-    PRETRAIN,
     RELEASED,
     AnnealSettings as Config,
     PretrainSettings,
+    pretrain_recipe,
 )
 from shape import check_size
 
@@ -48,7 +48,7 @@ def ingredients_of(size: str) -> list[dict]:
     """Seed, tokens and horizon of each anneal of a size."""
     if size in INGREDIENTS:
         return INGREDIENTS[size]
-    tokens = PRETRAIN[size]["tokens"] // 10
+    tokens = pretrain_recipe(size)["tokens"] // 10
     return [dict(seed=seed, tokens=tokens, horizon=tokens) for seed in LADDER_SEEDS]
 
 
@@ -161,19 +161,6 @@ def start_lr(stage1: Stage1) -> float:
 
 # ------------------------------------------------------------------------------------------
 # Settings
-
-
-def flags_in(arguments: list[str]) -> set[str]:
-    """The settings that a command line names.
-
-    >>> sorted(flags_in(["--seed", "1", "--lr=2", "--no-qk-norm"]))
-    ['lr', 'qk_norm', 'seed']
-    """
-    return {
-        word[2:].split("=")[0].replace("-", "_").removeprefix("no_")
-        for word in arguments
-        if word.startswith("--")
-    }
 
 
 def resolve_settings(

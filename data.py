@@ -22,6 +22,7 @@ Letters of shapes: T tokens of an instance, N instances.
 
 import base64
 import collections
+import copy
 import functools
 import hashlib
 import itertools
@@ -49,6 +50,7 @@ from infra.files import (
     tmp_beside,
     write_json,
 )
+from infra.settings import Threads, check_ranges
 from tasks.synthetic import SOURCES, VERSION_SOURCE, embedded_documents
 
 # People import get_tokenizer and Tokenizer from here.
@@ -386,7 +388,8 @@ def read_sidecar(path: Path, tokenizer: Tokenizer) -> dict:
         name = sidecar.get("tokenizer", "unknown")
         raise UserError(
             f"{path} was made with the tokenizer {name!r}, the model has {tokenizer.name!r}: "
-            f"pass --tokenizer {name}, or tokenise the text again"
+            f"tokenise the text again with that of the model (data.py TEXT --tokenizer ...), or "
+            f"train a new model on it (--tokenizer {name})"
         )
     check_ids(path, tokenizer)
     return sidecar | {"tokens": tokens}
@@ -579,6 +582,8 @@ class Config:
     val_fraction: float = 0.05
     # where <name>/ is made
     out: Path = Path("tokens")
+    # CPU threads; 0: all cores
+    threads: Threads = 0
     # train laptop.tiktoken again (needs the tokenizers library)
     remake_vocab: bool = False
     # compare the token files in the given folders with the sha256 beside each, and make nothing
@@ -660,7 +665,9 @@ def main(arguments: list[str] | None = None) -> None:
         return remake_vocab(LAPTOP_FILE)
     if config.verify:
         return verify_tokens(config.paths)
-    tokenizer = get_tokenizer(config.tokenizer)
+    check_ranges(config)
+    tokenizer = copy.copy(get_tokenizer(config.tokenizer))
+    tokenizer.threads = config.threads or tokenizer.threads
     if config.paths:
         folder = tokenize_paths(config, tokenizer)
     else:

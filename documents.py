@@ -15,6 +15,7 @@ from infra.files import (
     ROWS,
     TEXT,
     UserError,
+    check_library,
     ending,
     join_problems,
     json_lines,
@@ -42,6 +43,8 @@ def find_texts(paths: Iterable[Path]) -> list[Path]:
         if others:
             print(f"left out, as no text: {len(others):,} files, {join_problems(others, 3)}")
         files += texts
+    if any(file.suffix.lower() == ".zst" for file in files):
+        check_library("zstandard", "reading .zst")
     return files
 
 

@@ -241,7 +241,7 @@ def held_out_files(paths: tuple[str, ...]) -> list[Path]:
 
 
 def text_sources(
-    paths: tuple[str, ...], tokenizer: Tokenizer, folder: Path, seq_len: int
+    paths: tuple[str, ...], tokenizer: Tokenizer, folder: Path
 ) -> dict[str, list[Path]]:
     """{source: token files} of --data, or the embedded corpus; `folder` is for tokenised texts."""
     if not paths:
@@ -257,8 +257,8 @@ def text_sources(
         ) as bar:
             documents = (text for _, text in read_documents(path, 0.0, bar))
             counts = write_tokens(documents, folder / str(number), name, tokenizer)
-        if counts["tokens"] < seq_len:
-            raise UserError(f"{path} has fewer than the {seq_len} tokens of an instance")
+        if not counts["tokens"]:
+            raise UserError(f"{path} has no text")
     return by_source([*held_out_files(paths), *sorted(folder.rglob("*.npy"))])
 
 
@@ -284,7 +284,7 @@ def evaluate_text(model: OLMo2, tokenizer: Tokenizer, config: Config) -> dict[st
     if seq_len > context:
         raise UserError(f"--seq-len {seq_len} is longer than the model's context of {context}")
     with tempfile.TemporaryDirectory() as folder:
-        sources = text_sources(config.data, tokenizer, Path(folder), seq_len)
+        sources = text_sources(config.data, tokenizer, Path(folder))
         bpb = bits_per_byte_by_source(model, sources, seq_len, tokenizer)
     return {f"{source} bpb": value for source, value in bpb.items()}
 

@@ -78,8 +78,7 @@ def sum_loss_and_bytes(
         instances = min(instances, max(1, max_tokens // data.seq_len))
     if instances == 0:
         raise UserError(
-            f"no instance of {data.seq_len} tokens in the held-out files "
-            f"{', '.join(map(str, data.files))}"
+            f"no instance of {data.seq_len} tokens in {', '.join(map(str, data.files))}"
         )
     device = model.lm_head.weight.device
     rank, world = rank_and_world()
@@ -96,6 +95,17 @@ def sum_loss_and_bytes(
         scored = targets[targets != -100]
         sums += (ce_sum.item(), data.tokenizer.byte_counts[scored].sum(), len(scored))
     return sum(all_gather_objects(sums))
+
+
+def held_out_data(files: list[Path], seq_len: int, tokenizer: Tokenizer) -> TokenData:
+    """Instances of held-out text: of `seq_len` tokens, or shorter ones where it is shorter itself.
+
+    Raises UserError where there is nothing to predict.
+    """
+    longest = max((path.stat().st_size // 4 for path in files), default=0)
+    if longest < 2:
+        raise UserError(f"{', '.join(map(str, files))}: too short, there is nothing to predict")
+    return TokenData(files, min(seq_len, longest), tokenizer)
 
 
 def by_source(files: list[Path]) -> dict[str, list[Path]]:
@@ -116,11 +126,12 @@ def bits_per_byte_by_source(
 ) -> dict[str, float]:
     """{source: bits per byte}; with `shares` of the tokens also that of a text so composed, "mix".
 
-    Raises UserError for a source too short for one instance.
+    Raises UserError for a source in which there is nothing to predict.
     """
     sums = {}
     for source, files in sources.items():
-        sums[source] = sum_loss_and_bytes(model, TokenData(files, seq_len, tokenizer), max_tokens)
+        data = held_out_data(files, seq_len, tokenizer)
+        sums[source] = sum_loss_and_bytes(model, data, max_tokens)
     if shares and shares.keys() <= sums.keys():
         # Nats and bytes of a mean token of the mix.
         mix = sum(share * sums[source] / sums[source][2] for source, share in shares.items())

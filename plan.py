@@ -32,9 +32,9 @@ from infra.checkpoint import find_weights
 from infra.distributed import PEAK_FLOPS, BatchLayout, batch_layout, make_mesh, run_cli, shard_model
 from infra.settings import AboveZero, Positive, check_ranges, parse_flags
 from model import ChunkedLoss, OLMo2
-from pretrain import make_optimizer, read_size
-from recipes import PRETRAIN, PretrainSettings
-from shape import SIZES, ModelConfig, read_config
+from pretrain import make_optimizer, read_size, shape_of_flags
+from recipes import PretrainSettings, pretrain_recipe
+from shape import ModelConfig, read_config
 
 # From the published speeds of the 1B and 7B alone (tests/bench.py --plan); the 13B and 32B test
 # them. Small models do less FLOP/s: launching kernels takes longer than running them.
@@ -264,10 +264,13 @@ def compiled_bytes(shape: ModelConfig, c: PlanSettings) -> float:
     A block keeps its input, q and k before norm and after RoPE, v, the outputs of attention and of
     o_proj, the MLP's input, gate, up, their product and its output; and a number per head, fp32.
     """
-    widths = 7 * shape.d_model + 3 * shape.kv_heads * shape.head_dim + 3 * shape.ffn
+    kv_width = shape.kv_heads * shape.head_dim
+    widths = 7 * shape.d_model + 3 * kv_width + 3 * shape.ffn
     block = 2 * widths + 4 * shape.heads  # per token
-    recomputed = block - 6 * shape.ffn if c.recompute_part == "mlp" else 2 * shape.d_model
-    mean = c.recompute * recomputed + (1 - c.recompute) * block
+    recomputed = 2 * shape.d_model
+    if c.recompute_part == "mlp":
+        recomputed = block - 6 * shape.ffn
+    mean = block - c.recompute * (block - recomputed)
     return shape.layers * c.seq_len * mean
 
 
@@ -305,8 +308,8 @@ def shape_of(c: PlanSettings) -> ModelConfig:
     if c.init:
         folder, _ = find_weights(c.init)
         return read_config(folder)
-    shape = SIZES[c.size]
-    if c.tokenizer not in ("olmo2", PRETRAIN[c.size].get("tokenizer")):
+    shape = shape_of_flags(c)
+    if c.tokenizer not in ("olmo2", pretrain_recipe(c.size).get("tokenizer")):
         shape = replace(shape, vocab=get_tokenizer(c.tokenizer).padded_vocab_size)
     return replace(shape, norm_position=c.norm_position, qk_norm=c.qk_norm, norm=c.norm)
 
@@ -365,7 +368,7 @@ def report_time(plan: Plan, step: Counter) -> None:
         most = plan.layout.rows * c.seq_len / compute
         print(f"          up to {most:,.0f} tokens/s/GPU if the network is faster than that")
     gpus, published = PUBLISHED.get(c.size, (0, 0))
-    if c == PlanSettings(size=c.size, gpus=gpus, **PRETRAIN[c.size]):
+    if c == PlanSettings(size=c.size, gpus=gpus, **pretrain_recipe(c.size)):
         off = speed / published - 1
         print(f"          published {published:,} tokens/s/GPU: the plan is {off:+.1%} off")
 
@@ -378,7 +381,7 @@ def read_settings(arguments: list[str] | None) -> PlanSettings:
     """The settings of a command line: class < recipe of --size < flags. Raises UserError."""
     arguments = sys.argv[1:] if arguments is None else arguments
     size = read_size(arguments)
-    return parse_flags(PlanSettings(size=size, **PRETRAIN[size]), arguments, __doc__)
+    return parse_flags(PlanSettings(size=size, **pretrain_recipe(size)), arguments, __doc__)
 
 
 def main(arguments: list[str] | None = None) -> None:

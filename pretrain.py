@@ -67,18 +67,32 @@ from infra.distributed import (
 )
 from infra.files import UserError, sha256
 from infra.metrics import plot_run, read_metrics, rows_of
-from infra.run import Run, open_run
+from infra.run import Run, has_begun, open_run, read_record, settings_of_run, stage_of
 from infra.settings import (
     check_ranges,
     flag_value,
+    flags_in,
     parse_flags,
     silence_other_ranks,
     where_from,
 )
-from likelihood import bits_per_byte_by_source, by_source
+from likelihood import bits_per_byte_by_source, by_source, held_out_data
 from model import OLMo2, check_finite
-from recipes import PRETRAIN, RELEASED, PretrainSettings as Config
-from shape import SIZES, ModelConfig, check_size, hf_config, read_config, write_config
+from recipes import (
+    ANNEAL_LR,
+    RELEASED,
+    PretrainSettings as Config,
+    pretrain_recipe,
+)
+from shape import (
+    SIZES,
+    ModelConfig,
+    check_size,
+    hf_config,
+    nearest_size,
+    read_config,
+    write_config,
+)
 from tasks.synthetic import SOURCES
 
 # ------------------------------------------------------------------------------------------
@@ -267,7 +281,7 @@ def find_text(c: Config, tokenizer: Tokenizer) -> Text:
     if c.val:
         text = replace(text, val=by_source(token_files(c.val, "val")))
     for files in text.val.values():
-        TokenData(files, c.seq_len, tokenizer)  # raises for files that are damaged
+        held_out_data(files, c.seq_len, tokenizer)  # raises for files that are damaged or empty
     return text
 
 
@@ -340,9 +354,20 @@ def make_model(c: Config, tokenizer: Tokenizer, run: Run) -> OLMo2:
     return model.to_empty(device=run.device)
 
 
+SHAPE_FLAGS = ("layers", "d_model", "heads", "kv_heads", "ffn")
+
+
+def shape_of_flags(c: Config) -> ModelConfig:
+    """The shape of --size, but for what --layers, --d-model and so on say. Raises UserError."""
+    given = {name: getattr(c, name) for name in SHAPE_FLAGS if getattr(c, name)}
+    if "heads" in given:  # as many keys and values, unless they are named
+        given.setdefault("kv_heads", given["heads"])
+    return replace(SIZES[c.size], **given)
+
+
 def shape_of_size(c: Config, tokenizer: Tokenizer) -> ModelConfig:
-    """The shape of --size, for this tokenizer, with the ablations that are asked for."""
-    size = SIZES[c.size]
+    """The shape of the flags, for this tokenizer, with the ablations that are asked for."""
+    size = shape_of_flags(c)
     return replace(
         size,
         vocab=tokenizer.padded_vocab_size,
@@ -367,8 +392,8 @@ def shape_of_init(c: Config, tokenizer: Tokenizer) -> ModelConfig:
         )
     if get_tokenizer(c.init).fingerprint != tokenizer.fingerprint:
         raise UserError(
-            f"{c.init} was trained with another tokenizer than {c.tokenizer}: "
-            f"pass --tokenizer {c.init}, and data made with it"
+            f"{c.init} was trained with another tokenizer than {c.tokenizer}: leave out "
+            f"--tokenizer, and make data with its own (data.py TEXT --tokenizer {c.init})"
         )
     return shape
 
@@ -419,25 +444,48 @@ def announce(c: Config, run: Run, model: OLMo2, text: Text, steps: int) -> None:
     """Check that the ranks agree, and print what is about to happen."""
     data = text.train
     checked = self_check(c, data.hash, run.trained.tensors["model"], run.device)
-    layout = batch_layout(c.batch, c.micro_batch, c.shard, run.world)
     total = model.config.parameters["total"]
+    changed = [f"{name} {getattr(c, name)}" for name in SHAPE_FLAGS if getattr(c, name)]
+    name = c.init or ", ".join([c.size, *changed])
     print(
         f"run       {run.title()}\n"
-        f"model     {c.size}: {total:,} parameters; {run.device}, {torch.get_num_threads()} threads"
+        f"model     {name}: {total:,} parameters; {run.device}, {torch.get_num_threads()} threads"
+    )
+    times = steps * c.batch / len(data)
+    warning = "; warning: so often, a model learns it by heart" if times > 10 else ""
+    print(
+        f"check     {checked}\ndata      {data.hash}: seen {times:.2f} times in this run{warning}"
     )
     print(
-        f"check     {checked}\n"
-        f"data      {data.hash}: seen {steps * c.batch / len(data):.2f} times in this run"
-    )
-    print(
-        f"batch     {c.batch} x {c.seq_len} tokens ({run.world} ranks, {layout.shard} to each copy "
-        f"of the weights, x {layout.rows // layout.micro_batch} x {layout.micro_batch} instances); "
-        f"{steps:,} steps"
+        f"batch     {describe_batch(c, run)}; {steps:,} steps\n"
+        f"schedule  {describe_schedule(c, steps * c.batch * c.seq_len)}"
     )
     if not text.val:
         print("          no held-out text (val/ or --val): the run is not evaluated on the way")
     if run.step > steps:
         print(f"          the run is already {run.step:,} steps long; --tokens asks for {steps:,}")
+
+
+def describe_schedule(c: Config, tokens: int) -> str:
+    """The learning rate of a run of so many tokens, in words."""
+    warmup = f"after {c.warmup:,} tokens of warm-up" if c.warmup else "at once"
+    end = lr_at(tokens, c)
+    share = f"{tokens / c.horizon:.0%} of the way to its horizon"
+    words = f"{c.lr:.2e} {warmup}, {c.schedule} to {end:.2e} at the end, {share}"
+    if tokens < c.warmup:
+        words += "; warning: the run ends inside the warm-up, lower --warmup"
+    if tokens > c.horizon and c.lr_floor == 0:
+        words += f"; warning: the rate is 0 from {c.horizon:,} tokens on"
+    return words
+
+
+def describe_batch(c: Config, run: Run) -> str:
+    """How a batch falls on the ranks, in words."""
+    layout = batch_layout(c.batch, c.micro_batch, c.shard, run.world)
+    words = f"{c.batch} x {c.seq_len} tokens"
+    if run.world > 1:
+        words += f" over {run.world} ranks, {layout.shard} to each copy of the weights"
+    return f"{words}; {layout.micro_batch} instances at a time"
 
 
 def evaluate(c: Config, run: Run, model: OLMo2, tokenizer: Tokenizer, text: Text) -> None:
@@ -512,16 +560,62 @@ def read_settings(arguments: list[str] | None) -> tuple[Config, dict[str, str]]:
     """(the settings, where each came from): class < recipe of --size < flags. Raises UserError."""
     arguments = sys.argv[1:] if arguments is None else arguments
     refuse_plan(arguments)
+    given = flags_in(arguments)
+    init = flag_value(arguments, "init", "")
     size = read_size(arguments)
+    if init and given & set(SHAPE_FLAGS):
+        raise UserError(f"the shape is that of the weights in {init}: leave out what names another")
+    if init and "size" not in given:
+        folder, _ = find_weights(init)
+        size = nearest_size(read_config(folder))
     recipe = default_settings(size)
     c = parse_flags(recipe, arguments, __doc__)
-    origin = where_from(c, recipe, {f"recipe {size}": PRETRAIN[size]})
-    return replace(c, out=c.out or f"runs/{size}/pretrain"), origin
+    origin = where_from(c, recipe, {f"recipe {size}": pretrain_recipe(size)})
+    c = replace(c, out=c.out or f"runs/{size}/{'continued' if init else 'pretrain'}")
+    changes = {}
+    if init and "tokenizer" not in given:
+        name = get_tokenizer(init).name
+        changes = {"tokenizer": name if name == c.tokenizer else init}
+        origin["tokenizer"] = "init"
+    check_ranges(c)
+    schedule, why = find_schedule(c, recipe, given)
+    return replace(c, **changes, **schedule), origin | dict.fromkeys(schedule, why)
+
+
+def find_schedule(c: Config, recipe: Config, given: set[str]) -> tuple[dict, str]:
+    """(what no flag says of the schedule, why it is so). Raises UserError.
+
+    A run that has begun keeps its schedule, however long it becomes. At its start a schedule is the
+    recipe's, in the recipe's proportions to --tokens; or, with --fresh-schedule, that of stage 2
+    behind a warm-up.
+    """
+    tokens = number_of_steps(c) * c.batch * c.seq_len
+    fresh = {
+        "lr": ANNEAL_LR.get(c.size, lr_at(recipe.tokens, recipe)),
+        "warmup": tokens // 20,
+        "schedule": "linear",
+        "lr_floor": 0.0,
+        "horizon": tokens,
+    }
+    if c.fresh_schedule and "tokens" not in given:
+        raise UserError("--fresh-schedule needs the length of the run: give it with --tokens")
+    names = fresh.keys() if c.fresh_schedule else {"warmup", "horizon"}
+    run = Path(c.out)
+    if has_begun(run) and stage_of(read_record(run)) == "pretrain":
+        before = settings_of_run(run)
+        return {name: before[name] for name in names - given if name in before}, "run.json"
+    if c.fresh_schedule:
+        return {name: value for name, value in fresh.items() if name not in given}, "fresh schedule"
+    if names & given or c.tokens == recipe.tokens:
+        return {}, ""
+    share = tokens / recipe.tokens
+    scaled = {"warmup": round(recipe.warmup * share), "horizon": round(recipe.horizon * share)}
+    return scaled, "scaled with --tokens"
 
 
 def default_settings(size: str) -> Config:
     """Class and recipe: the settings of a size without any flag."""
-    return Config(size=size, **PRETRAIN[size])
+    return Config(size=size, **pretrain_recipe(size))
 
 
 def read_size(arguments: list[str]) -> str:
@@ -549,8 +643,13 @@ def check(c: Config) -> None:
         problems.append("--mix takes the place of --data: give one of them")
     if c.moments and not c.init:
         problems.append("--moments takes Adam's moments from --init: name a training state with it")
+    if c.fresh_schedule and not c.init:
+        problems.append(
+            "--fresh-schedule is for weights that have been trained: name them (--init)"
+        )
     if problems:
         raise UserError("; ".join(problems))
+    shape_of_flags(c)
     batch_layout(c.batch, c.micro_batch, c.shard, int(os.environ.get("WORLD_SIZE", 1)))
     mix_shares(c.mix)
     if c.size in RELEASED and not (c.data or c.mix):

@@ -20,6 +20,7 @@ from infra.settings import (
     Rate,
     RunSettings,
 )
+from shape import SIZES, ModelConfig
 
 # ------------------------------------------------------------------------------------------
 # Stage 1: settings
@@ -41,10 +42,25 @@ class PretrainSettings(RunSettings):
     tokenizer: str = "olmo2"
     # start from the weights of a run, checkpoint or Hugging Face directory; none: random
     init: str = ""
+    # a schedule of its own for the weights of --init: over --tokens, 5 % of warm-up to the rate at
+    # which stage 2 of the size began, then a line to 0
+    fresh_schedule: bool = False
     # take Adam's moments, too, from the training state that --init names
     moments: bool = False
-    # the run's folder; none: runs/<size>/pretrain
+    # the run's folder; none: runs/<size>/pretrain, or with --init runs/<size>/continued
     out: str = ""
+
+    # ---- a shape of your own; 0: as in --size (or write a line into SIZES, in shape.py)
+    # blocks
+    layers: Count = 0
+    # width of the model
+    d_model: Count = 0
+    # of attention; each is d_model / heads wide
+    heads: Count = 0
+    # of keys and values (GQA); 0: with --heads as many, else as in --size
+    kv_heads: Count = 0
+    # hidden width of the MLP
+    ffn: Count = 0
 
     # ---- batches
     # tokens of an instance (paper Table 1)
@@ -54,7 +70,8 @@ class PretrainSettings(RunSettings):
     # instances per forward and backward of a process, at most; fewer take less memory, other last
     # bits
     micro_batch: Positive = 4
-    # length of the run, rounded up to whole steps (the schedule does not follow: see horizon)
+    # length of the run, rounded up to whole steps; at its start, warm-up and horizon follow, unless
+    # a flag names one of them
     tokens: Positive = 0
     # of the order of the data (official yamls)
     seed: Count = 6198
@@ -141,8 +158,7 @@ class PretrainSettings(RunSettings):
 
 RELEASED = ("1B", "7B", "13B", "32B")
 
-# Ours, for 14M to 760M, after OLMo's ladder (scripts/ladder.py): besides, lr = 4.7e-3
-# (N / 108M)^(-1/3), and 20 tokens per parameter.
+# Ours, for 14M to 760M, after OLMo's ladder (scripts/ladder.py). The rest: `ladder_recipe`.
 LADDER = dict(
     seq_len=1024, batch=128, micro_batch=8, skip_sigma=6.0, save_every=500, keep=3, eval_every=500
 )
@@ -186,6 +202,22 @@ PRETRAIN: dict[str, dict] = {
 }
 # fmt: on
 
+
+def pretrain_recipe(size: str) -> dict:
+    """What a size changes in the defaults; of a line of your own in SIZES, what the ladder says."""
+    return PRETRAIN.get(size) or ladder_recipe(SIZES[size])
+
+
+def ladder_recipe(shape: ModelConfig) -> dict:
+    """The ladder's recipe for N parameters: 20 N tokens, lr = 4.7e-3 (N / 108M)^(-1/3).
+
+    N leaves out the input embedding. Source: OLMo scripts/ladder.py.
+    """
+    n = shape.matrices
+    lr = round(4.7e-3 * (n / 108e6) ** (-1 / 3), 6)
+    return dict(LADDER, tokens=20 * n, lr=lr, warmup=n, horizon=25 * n)
+
+
 # ------------------------------------------------------------------------------------------
 # Stage 2
 
@@ -199,6 +231,18 @@ class AnnealSettings(PretrainSettings):
     init: str = ""
     # decided by --fresh-optimizer
     moments: tyro.conf.Suppress[bool] = True
+    # stage 2 has a schedule of its own
+    fresh_schedule: tyro.conf.Suppress[bool] = False
+    # the shape is that of stage 1: blocks
+    layers: tyro.conf.Suppress[Count] = 0
+    # width of the model, of stage 1
+    d_model: tyro.conf.Suppress[Count] = 0
+    # heads of attention, of stage 1
+    heads: tyro.conf.Suppress[Count] = 0
+    # heads of keys and values, of stage 1
+    kv_heads: tyro.conf.Suppress[Count] = 0
+    # width of the MLP, of stage 1
+    ffn: tyro.conf.Suppress[Count] = 0
     # the runs' folders are this and -1, -2, …; none: runs/<size>/anneal; of a microanneal:
     # runs/<size>/micro-<mix>
     out: str = ""

@@ -73,6 +73,11 @@ class ModelConfig:
             total += self.layers * (2 * self.d_model + self.qk_norm * qk_width) + self.d_model
         return {"total": total, "embed": embed}
 
+    @property
+    def matrices(self) -> int:
+        """Parameters without the input embedding: those that compute, and that name the sizes."""
+        return self.parameters["total"] - self.parameters["embed"]
+
     def cache_bytes(self, tokens: int, bytes_per_value: int) -> int:
         """Memory of the keys and values of one sequence of so many tokens."""
         return 2 * self.layers * self.kv_heads * self.head_dim * tokens * bytes_per_value
@@ -83,8 +88,7 @@ class ModelConfig:
         6 = 2 (multiply, add) x 3 (forward, and two products backward). The second term is
         attention, counted in full as most published MFU figures do; a causal kernel does half.
         """
-        matrices = self.parameters["total"] - self.parameters["embed"]
-        return 6 * matrices + 12 * self.layers * self.d_model * seq_len
+        return 6 * self.matrices + 12 * self.layers * self.d_model * seq_len
 
 
 # One line per size: the formatter would spread the first one over eleven.
@@ -107,6 +111,15 @@ SIZES: dict[str, ModelConfig] = {
     "32B": ModelConfig(layers=64, d_model=5120, heads=40, kv_heads=8, ffn=27_648),
 }
 # fmt: on
+
+
+def nearest_size(shape: ModelConfig) -> str:
+    """The size of this shape or, of any other shape, the one that comes nearest in parameters."""
+
+    def distance(name: str) -> float:
+        return abs(math.log(SIZES[name].matrices / shape.matrices))
+
+    return min(SIZES, key=distance)
 
 
 def check_size(size: str, where: str = "") -> str:

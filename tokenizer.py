@@ -89,6 +89,8 @@ class Tokenizer:
     instruct: bool = False
     # Has the model beside it a chat template of another form than Tulu's?
     foreign_template: bool = False
+    # CPU threads that encode many texts.
+    threads: int = os.cpu_count() or 1
 
     def __post_init__(self):
         self.eos = self.added["<|endoftext|>"]
@@ -113,10 +115,8 @@ class Tokenizer:
         return self.encoding.encode(text, allowed_special="all")
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of many texts, on all cores."""
-        return self.encoding.encode_batch(
-            texts, num_threads=os.cpu_count() or 1, allowed_special="all"
-        )
+        """Ids of many texts, on `threads` cores."""
+        return self.encoding.encode_batch(texts, num_threads=self.threads, allowed_special="all")
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids. U+FFFD stands for what is not UTF-8, and for padding columns."""

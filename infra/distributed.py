@@ -50,6 +50,7 @@ def run_cli(main: Callable[[], None]) -> None:
         if not isinstance(getattr(sys, name), Unbreakable):
             setattr(sys, name, Unbreakable(getattr(sys, name)))
     try:
+        check_system(sys.platform)
         check_encoding(sys.argv[1:])
         main()
     except (UserError, OSError, MemoryError) as error:
@@ -70,6 +71,15 @@ def words_of(error: Exception) -> str:
         return f"there is not enough memory {error}".strip()
     named = isinstance(error, OSError) and error.strerror and error.filename
     return f"{error.filename}: {error.strerror}" if named else str(error)
+
+
+def check_system(platform: str) -> None:
+    """Raise UserError on Windows, which lacks what a run takes for granted: locks, forks, gloo."""
+    if platform == "win32":
+        raise UserError(
+            "nanOLMo runs on Linux and macOS; on Windows, in WSL (wsl --install, then the same "
+            "commands there)"
+        )
 
 
 def check_encoding(arguments: list[str]) -> None:

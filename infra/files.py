@@ -8,10 +8,10 @@ import codecs
 import contextlib
 import ctypes
 import difflib
-import fcntl
 import glob
 import gzip
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -41,6 +41,12 @@ def did_you_mean(word: str, options: Iterable[str], cutoff: float = 0.6) -> str:
     """
     close = difflib.get_close_matches(word, list(options), 1, cutoff)
     return f", did you mean {close[0]}?" if close else ""
+
+
+def check_library(name: str, what: str) -> None:
+    """Raise UserError unless a library is installed that `what` needs and that most do not."""
+    if importlib.util.find_spec(name) is None:
+        raise UserError(f"{what} needs the {name} library: pip install {name}")
 
 
 def join_problems(problems: list[str], most: int = 5) -> str:
@@ -205,12 +211,9 @@ def decompressed(path: Path, file: io.BufferedReader) -> Iterator[bytes]:
 
 def zst_pieces(path: Path, file: io.BufferedReader) -> Iterator[bytes]:
     """The frames of a .zst; the library's own reader takes one that is cut for one that ends."""
-    try:
-        import zstandard
-    except ImportError:
-        raise UserError(
-            f"{path}: reading .zst needs the zstandard library: pip install zstandard"
-        ) from None
+    check_library("zstandard", f"{path}: reading .zst")
+    import zstandard
+
     frame = None  # one has not begun, or has ended
     try:
         while piece := file.read(2**16):
@@ -263,6 +266,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
     Raises BlockingIOError if another process has locked it.
     """
+    import fcntl  # which Windows has not
+
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:

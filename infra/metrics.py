@@ -11,10 +11,11 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from infra.files import UserError, write_text
+from infra.files import check_library, write_text
+from infra.settings import RunSettings
 
 # ------------------------------------------------------------------------------------------
 # Rows
@@ -53,11 +54,15 @@ def rows_of(run: Path, event: str) -> list[dict]:
 
 
 class MetricsFile:
-    """Appends rows to metrics.jsonl, on rank 0, and to Weights & Biases if there is a project."""
+    """Appends rows to metrics.jsonl, on rank 0, and to those who draw them while a run goes on.
 
-    def __init__(self, run: Path, rank: int, last_step: int, project: str, settings: dict):
+    They are Weights & Biases (--wandb) and TensorBoard (--tensorboard).
+    """
+
+    def __init__(self, run: Path, rank: int, last_step: int, settings: RunSettings):
         """Keep only rows up to `last_step`: a resumed run repeats the steps after its state."""
         self.wandb = None
+        self.tensorboard = None
         self.n_rows = 0
         self.n_before_state = 0
         if rank == 0:
@@ -67,7 +72,8 @@ class MetricsFile:
             # The evaluation after a step comes after the state of that step.
             before = [row["step"] < last_step or row["event"] == "step" for row in kept]
             self.n_before_state = sum(before)
-            self.wandb = start_wandb(project, run, settings)
+            self.wandb = start_wandb(run, settings)
+            self.tensorboard = start_tensorboard(run, settings, last_step)
         path = run / "metrics.jsonl" if rank == 0 else os.devnull
         self.file = open(path, "a", encoding="utf-8", buffering=1)
 
@@ -75,9 +81,12 @@ class MetricsFile:
         plain = {name: None if is_not_finite(value) else value for name, value in row.items()}
         self.file.write(json.dumps(plain) + "\n")
         self.n_rows += 1
+        numbers = flat_numbers(row)
         if self.wandb:
-            numbers = {name: v for name, v in row.items() if isinstance(v, (int, float))}
             self.wandb.log(numbers, step=row["step"])
+        if self.tensorboard:
+            for name, value in numbers.items():
+                self.tensorboard.add_scalar(f"{row['event']}/{name}", value, row["step"])
 
     def sync(self) -> None:
         """Wait until all rows are on the disk."""
@@ -89,24 +98,60 @@ class MetricsFile:
         self.file.close()
         if self.wandb:
             self.wandb.finish()
+        if self.tensorboard:
+            self.tensorboard.close()
 
 
 def is_not_finite(value) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def start_wandb(project: str, run: Path, settings: dict):
-    """A run at Weights & Biases, or None without a project. Raises UserError."""
-    if not project:
+def flat_numbers(row: dict) -> dict[str, float]:
+    """The numbers of a row, also those of its columns.
+
+    >>> flat_numbers({"event": "eval", "step": 8, "bpb": {"docs": 2.5}})
+    {'step': 8, 'bpb/docs': 2.5}
+    """
+    numbers = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            numbers |= {f"{name}/{key}": number for key, number in flat_numbers(value).items()}
+        elif isinstance(value, (int, float)):
+            numbers[name] = value
+    return numbers
+
+
+def check_loggers(settings: RunSettings) -> None:
+    """Raise UserError for a library that is asked for and is not here, before all work."""
+    if settings.wandb:
+        check_library("wandb", "--wandb")
+    if settings.tensorboard:
+        check_library("tensorboard", "--tensorboard")
+
+
+def start_wandb(run: Path, settings: RunSettings):
+    """A run at Weights & Biases, or None without a project."""
+    if not settings.wandb:
         return None
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--wandb needs the wandb library: pip install wandb") from None
+    import wandb
+
     name = str(run)
     return wandb.init(
-        project=project, name=name, config=settings, resume="allow", id=name.replace("/", "-")
+        project=settings.wandb,
+        name=name,
+        config=asdict(settings),
+        resume="allow",
+        id=name.replace("/", "-"),
     )
+
+
+def start_tensorboard(run: Path, settings: RunSettings, last_step: int):
+    """A writer of TensorBoard's files, or None; what it has of later steps is not shown."""
+    if not settings.tensorboard:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run / "tensorboard"), purge_step=last_step + 1)
 
 
 # ------------------------------------------------------------------------------------------

@@ -44,11 +44,11 @@ from infra.distributed import (
     rank_and_world,
 )
 from infra.files import UserError, lock_folder, read_json, write_json
-from infra.metrics import MetricsFile, Progress, read_metrics, rows_of
+from infra.metrics import MetricsFile, Progress, check_loggers, read_metrics, rows_of
 from infra.settings import RunSettings
 
 MOST_SKIPPED = 20  # so many skipped steps in a row end a run
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM))
 
 
 @contextlib.contextmanager
@@ -73,6 +73,7 @@ class Run:
         self.settings = settings
         self.origin = origin
         self.folder = Path(settings.out)
+        check_loggers(settings)
         self.device = init_process(settings.device, settings.threads, settings.timeout)
         self.mesh = make_mesh(settings.shard, self.device)
         self.rank, self.world = rank_and_world()
@@ -130,7 +131,7 @@ class Run:
         self.tokens = tokens
         c = self.settings
         last_step = step if step else -1
-        self.metrics = MetricsFile(self.folder, self.rank, last_step, c.wandb, asdict(c))
+        self.metrics = MetricsFile(self.folder, self.rank, last_step, c)
         self.saver = Saver(self.folder, c.keep, c.async_save)
         for number in STOP_SIGNALS:
             self.old_handlers[number] = signal.signal(number, self.stop_soon)
@@ -143,6 +144,11 @@ class Run:
         self.signals.append(number)
         if not self.under_torchrun:
             signal.signal(number, signal.SIG_DFL)
+        if self.rank == 0:
+            once_more = "" if self.under_torchrun else " (once more: ends at once)"
+            text = f"{signal.Signals(number).name}: this step is finished and saved{once_more}\n"
+            with contextlib.suppress(OSError):
+                os.write(2, text.encode())  # a print may be under way, and cannot begin another
 
     # ---- the loop
 
@@ -188,7 +194,8 @@ class Run:
         self.step += 1
         self.tokens += int(tokens)
         self.record("step", **values, skipped=skipped, **self.progress.count_step(tokens))
-        if self.due(self.settings.log_every) or skipped:
+        is_first = self.step == self.progress.first_step + 1  # says early how long it will take
+        if self.due(self.settings.log_every) or skipped or is_first:
             mark = "  SKIPPED" if skipped else ""
             print(self.progress.line(self.step, values) + mark, flush=True)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
@@ -296,9 +303,14 @@ def create_or_resume_run(
             f"{run} has training states, but its run.json is gone, and so are its settings: put it "
             "back, or choose another folder with --out"
         )
-    if (run / "run.json").exists() and (list_states(run) or read_metrics(run)):
+    if has_begun(run):
         check_same_run(run, record, settings)
     write_json(run / "run.json", record | describe_machine())
+
+
+def has_begun(run: Path) -> bool:
+    """Has the run in a folder done something that must go on with the same settings?"""
+    return (run / "run.json").exists() and bool(list_states(run) or read_metrics(run))
 
 
 def as_json(settings: RunSettings) -> dict:

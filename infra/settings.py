@@ -143,6 +143,8 @@ class RunSettings:
     log_every: Positive = 10
     # Weights & Biases project; none: nothing is sent
     wandb: str = ""
+    # write TensorBoard's files, too, into tensorboard/ in the run's folder
+    tensorboard: bool = False
 
     # auto, cpu, mps, cuda
     device: str = "auto"
@@ -167,7 +169,8 @@ class RunSettings:
     # What may differ when a run goes on. Data must still be the same (their hash is compared).
     # Those of the second line change the last bits of the numbers.
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
-        "data val out save_every keep eval_every questions log_every wandb async_save timeout "
+        "data val out save_every keep eval_every questions log_every wandb tensorboard "
+        "async_save timeout "
         "device threads compile micro_batch shard reshard recompute recompute_part".split()
     )
 
@@ -209,6 +212,19 @@ def flag_value(arguments: list[str], name: str, default: str) -> str:
     except argparse.ArgumentError:  # a flag without its value: tyro will say it
         return default
     return getattr(known, name)
+
+
+def flags_in(arguments: list[str]) -> set[str]:
+    """The settings that a command line names.
+
+    >>> sorted(flags_in(["--seed", "1", "--lr=2", "--no-qk-norm"]))
+    ['lr', 'qk_norm', 'seed']
+    """
+    return {
+        word[2:].split("=")[0].replace("-", "_").removeprefix("no_")
+        for word in arguments
+        if word.startswith("--")
+    }
 
 
 def where_from(config, default, layers: dict[str, Collection[str]]) -> dict[str, str]:

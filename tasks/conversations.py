@@ -28,7 +28,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from infra.files import ROWS, UserError, did_you_mean, ending, join_problems, json_lines
+from infra.files import (
+    ROWS,
+    UserError,
+    check_library,
+    did_you_mean,
+    ending,
+    join_problems,
+    json_lines,
+)
 from tasks.constraints import verify_constraint
 from tasks.own_reward import load_reward, own_score
 from tasks.synthetic import instruct_rows, rlvr_rows
@@ -147,12 +155,9 @@ def read_table(name: str) -> Iterable[dict]:
             f".gz, .zst), a .parquet, one of {', '.join(EMBEDDED)}, or a data set on the Hub, as "
             "allenai/RLVR-GSM"
         )
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            f"{name}: reading .parquet and the Hub needs the datasets library: pip install datasets"
-        ) from None
+    check_library("datasets", f"{name}: reading .parquet and the Hub")
+    import datasets
+
     try:
         if is_file:
             return datasets.Dataset.from_parquet(name)

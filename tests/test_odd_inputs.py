@@ -243,7 +243,7 @@ def test_two_files_of_one_name_are_two_columns(tmp_path):
     made = tmp_path / "made"
     made.mkdir()
     paths = ("same/a/test.jsonl", "same/b/test.jsonl")
-    sources = eval_module.text_sources(paths, laptop, made, 32)
+    sources = eval_module.text_sources(paths, laptop, made)
     texts = {name: laptop.decode(np.fromfile(files[0], "<u4")) for name, files in sources.items()}
     assert texts.keys() == {"a-test", "b-test"}
     assert "alpha" in texts["a-test"] and "omega" in texts["b-test"]

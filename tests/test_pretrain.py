@@ -325,11 +325,12 @@ def test_starts_from_the_weights_of_another_run(finished, here, tmp_path, capsys
     type(other)("other", other.ranks, other.pattern, {"<|endoftext|>": 1001, "<|pad|>": 1000}).save(
         tmp_path / "other"
     )
-    assert "another tokenizer than laptop" in fails(
-        module.main,
-        [*SHORT, "--init", str(tmp_path / "other"), "--out", str(tmp_path / "x")],
-        capsys,
-    )
+    flags = [*SHORT, "--init", str(tmp_path / "other"), "--out", str(tmp_path / "x")]
+    refused = fails(module.main, [*flags, "--tokenizer", "laptop"], capsys)
+    assert "another tokenizer than laptop: leave out --tokenizer, and make data with its" in refused
+    # Without the flag the tokenizer is that of the weights, and the data are what does not fit.
+    refused = fails(module.main, flags, capsys)
+    assert "made with the tokenizer 'laptop', the model has 'other': tokenise the text" in refused
 
 
 # ---- interruption and damage
@@ -519,7 +520,7 @@ def test_non_finite_steps_are_skipped_and_an_endless_row_of_them_ends_the_run(
         ("--lr nan", "--lr nan must be above 0"),
         (
             "--lr -1 --clip 0 --beta1 1",
-            "--clip 0.0 must be above 0; --lr -1.0 must be above 0; --beta1 1.0 must be from 0",
+            "--clip 0.0 must be above 0; --lr -1.0 must be above 0, and at most 100; --beta1 1.0 must be",
         ),
         ("--tokens 0", "--tokens 0 must be at least 1"),
         (

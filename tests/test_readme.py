@@ -16,7 +16,18 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGE_NAMES = [page.name for page in PAGES]
-COMMANDS = ["model", "data", "sample", "eval", "pretrain", "anneal", "soup", "posttrain", "plan"]
+COMMANDS = [
+    "model",
+    "data",
+    "sample",
+    "eval",
+    "pretrain",
+    "anneal",
+    "soup",
+    "posttrain",
+    "plan",
+    "compare",
+]
 STAGES = ["sft", "prefs", "rm", "dpo", "ppo", "grpo"]
 
 # The house from the ground up: a file imports only from floors below its own.
@@ -52,7 +63,7 @@ FLOORS = [
     ["dpo"],
     ["rlvr"],
     ["posttrain"],
-    ["plan"],
+    ["plan", "compare"],
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
