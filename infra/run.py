@@ -44,7 +44,7 @@ from infra.distributed import (
     rank_and_world,
 )
 from infra.files import UserError, lock_folder, read_json, write_json
-from infra.metrics import MetricsFile, Progress, check_loggers, read_metrics, rows_of
+from infra.metrics import MetricsFile, Progress, check_loggers, rows_of
 from infra.settings import RunSettings
 
 MOST_SKIPPED = 20  # so many skipped steps in a row end a run
@@ -310,7 +310,9 @@ def create_or_resume_run(
 
 def has_begun(run: Path) -> bool:
     """Has the run in a folder done something that must go on with the same settings?"""
-    return (run / "run.json").exists() and bool(list_states(run) or read_metrics(run))
+    metrics = run / "metrics.jsonl"
+    has_rows = metrics.is_file() and metrics.stat().st_size > 0
+    return (run / "run.json").exists() and (has_rows or bool(list_states(run)))
 
 
 def as_json(settings: RunSettings) -> dict:
