@@ -21,6 +21,7 @@ import soup
 from infra.checkpoint import list_states
 from infra.files import lock_folder, replace_folder
 from infra.metrics import read_metrics, rows_of
+from infra.run import Run
 from model import OLMo2
 
 FLAGS = "--seq-len 32 --batch 4 --threads 1 --save-every 4 --keep 0 --eval-every 2 --val-tokens 512"
@@ -96,29 +97,32 @@ def test_a_part_of_pairs_is_whole_or_made_again(made, here, monkeypatch):
     rows = "--data embedded/constraints --val --quiz --prompts 4 --steps 3 --threads 1"
     how = "--prompt-length 64 --response-length 8 --verifier reward.py:score"
     flags = ["prefs", "--init", str(made), *rows.split(), *how.split()]
-    texts = []
-    for number in (0, 2):  # undisturbed, then ended before the second part is written
-        out = here / f"runs/prefs-{number}"
+    ends = {"undisturbed": None, "log": (Run, "log"), "write": (dpo.Part, "write")}
+    texts = set()
+    for name, place in ends.items():
+        out = here / f"runs/prefs-{name}"
         with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
-            end_at_write(patched, number)
+            if place:
+                end_at_second_call(patched, *place)
             posttrain.main([*flags, "--out", str(out)])
         posttrain.main([*flags, "--out", str(out)])
-        assert [row["step"] for row in rows_of(out, "step")] == [1, 2, 3]
-        texts.append((out / "train.jsonl").read_text())
-    assert texts[0] == texts[1] and texts[0]
+        assert [row["step"] for row in rows_of(out, "step")] == [1, 2, 3], name
+        texts.add((out / "train.jsonl").read_text())
+    (text,) = texts
+    assert text
 
 
-def end_at_write(monkeypatch, number):
-    """Ctrl-C comes before the part of this number is written, from 1 on."""
-    real, calls = dpo.Part.write, []
+def end_at_second_call(monkeypatch, cls, name):
+    """Ctrl-C comes when a method is called for the second time, before it does anything."""
+    real, calls = getattr(cls, name), []
 
-    def write(part, rows):
-        calls.append(part)
-        if len(calls) == number:
+    def method(self, *arguments, **options):
+        calls.append(name)
+        if len(calls) == 2:
             raise KeyboardInterrupt
-        real(part, rows)
+        return real(self, *arguments, **options)
 
-    monkeypatch.setattr(dpo.Part, "write", write)
+    monkeypatch.setattr(cls, name, method)
 
 
 def test_a_state_is_saved_before_the_first_evaluation(here, monkeypatch):
