@@ -28,6 +28,7 @@ from infra.metrics import (
     token_unit,
 )
 from infra.run import settings_of_run
+from pretrain import SHAPE_FLAGS
 
 # Settings that say where a run lies and how it is watched, not what is learnt.
 NOT_SHOWN = {"out", "wandb", "tensorboard", "log_every", "save_every", "keep", "eval_every"}
@@ -47,16 +48,18 @@ def differing_settings(runs: list[str]) -> list[tuple[str, ...]]:
     names = dict.fromkeys(chain.from_iterable(settings))
     rows = []
     for name in names:
-        values = tuple(show(one.get(name, "-")) for one in settings)
+        values = tuple(show(name, one.get(name)) for one in settings)
         if len(set(values)) > 1 and name not in NOT_SHOWN:
             rows.append((name, *values))
     return rows
 
 
-def show(value) -> str:
+def show(name: str, value) -> str:
     """A setting's value, for people."""
+    if value in (None, "", ()) or (name in SHAPE_FLAGS and value == 0):
+        return "-"
     if isinstance(value, tuple):
-        return " ".join(value) or "-"
+        return " ".join(value)
     return f"{value:,}" if type(value) is int else str(value)
 
 
@@ -97,7 +100,9 @@ def make_panels(steps: dict[str, list[dict]], axis: Axis) -> list[Panel]:
         for name in rows[0]:
             if name not in NOT_METRICS:
                 values = [math.nan if row.get(name) is None else row[name] for row in rows]
-                measures.setdefault(name, {})[run] = Curve(x, smooth(values), run)
+                # The rate is exact as it is; all else has noise.
+                y = values if name == "lr" else smooth(values)
+                measures.setdefault(name, {})[run] = Curve(x, y, run)
     for run in steps:
         evals = [row for row in rows_of(Path(run), "eval") if measured(row)]
         x = [axis.place(row) for row in evals]
@@ -111,14 +116,14 @@ def make_panels(steps: dict[str, list[dict]], axis: Axis) -> list[Panel]:
 
 def main(arguments: list[str] | None = None) -> None:
     c = tyro.cli(Config, description=__doc__, args=arguments)
-    if len(c.runs) < 2:
-        raise UserError("two runs or more can be compared, each a folder with run.json")
     steps = {run: rows_of(Path(run), "step") for run in c.runs}
-    for run, rows in steps.items():
-        if not rows:
-            raise UserError(f"{run} holds no run with steps: expected metrics.jsonl with some")
-    different = differing_settings(list(c.runs))
-    print_table([("setting", *c.runs), *different] if different else [("no setting differs",)])
+    for run in [run for run, rows in steps.items() if not rows]:
+        print(f"left out, as it has no steps: {run}")
+        del steps[run]
+    if len(steps) < 2:
+        raise UserError("two runs or more can be compared, each a folder with run.json and steps")
+    different = differing_settings(list(steps))
+    print_table([("setting", *steps), *different] if different else [("no setting differs",)])
     c.out.parent.mkdir(parents=True, exist_ok=True)
     plot_curves(c.out, make_panels(steps, find_axis(steps)), columns=3, size=(4.2, 3))
     print(f"drawn in {c.out}")

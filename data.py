@@ -42,6 +42,7 @@ from infra.distributed import run_cli
 from infra.files import (
     UserError,
     did_you_mean,
+    ending,
     is_plain_name,
     read_json,
     replace_folder,
@@ -144,9 +145,8 @@ def token_files(paths: Iterable[str | Path], split: str) -> list[Path]:
                 f"{path} does not exist: expected token files (.npy) or folders made by data.py"
             )
         elif path.suffix != ".npy":
-            raise UserError(
-                f"{path} is no token file (.npy): tokenise it first, with python data.py {path}"
-            )
+            hint = ": tokenise it first, with python data.py" if ending(path) else ", and no text"
+            raise UserError(f"{path} is no token file (.npy){hint}")
         else:
             files.append(path)
     return files
@@ -385,11 +385,13 @@ def read_sidecar(path: Path, tokenizer: Tokenizer) -> dict:
             f"4 x {tokens} tokens"
         )
     if sidecar.get("fingerprint", tokenizer.fingerprint) != tokenizer.fingerprint:
-        name = sidecar.get("tokenizer", "unknown")
+        name = str(sidecar.get("tokenizer", "unknown"))
+        other = f"the model has {tokenizer.name!r}"
+        if name == tokenizer.name:
+            other = "the model has another one of that name"
         raise UserError(
-            f"{path} was made with the tokenizer {name!r}, the model has {tokenizer.name!r}: "
-            f"tokenise the text again with that of the model (data.py TEXT --tokenizer ...), or "
-            f"train a new model on it (--tokenizer {name})"
+            f"{path} was made with the tokenizer {name!r}, {other}: tokenise the text again with "
+            "that of the model (data.py TEXT --tokenizer MODEL), or train a new model on it"
         )
     check_ids(path, tokenizer)
     return sidecar | {"tokens": tokens}

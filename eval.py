@@ -212,11 +212,11 @@ class Config:
 def check_tasks(tasks: list[str], config: Config) -> None:
     """Raise one UserError that names everything that is missing for some task."""
     problems = []
+    if "bpb" in tasks:
+        check_texts(config.data)
     for task in tasks:
         try:
-            if task == "bpb":
-                check_texts(config.data)
-            else:
+            if task != "bpb":
                 check_files(task, config.benchmarks)
         except UserError as error:
             problems.append(str(error))

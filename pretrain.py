@@ -456,8 +456,9 @@ def announce(c: Config, run: Run, model: OLMo2, text: Text, steps: int) -> None:
     print(
         f"check     {checked}\ndata      {data.hash}: seen {times:.2f} times in this run{warning}"
     )
+    few = "; warning: so few teach little, lower --batch" if steps < 3 else ""
     print(
-        f"batch     {describe_batch(c, run)}; {steps:,} steps\n"
+        f"batch     {describe_batch(c, run)}; {steps:,} steps{few}\n"
         f"schedule  {describe_schedule(c, steps * c.batch * c.seq_len)}"
     )
     if not text.val:
@@ -474,8 +475,11 @@ def describe_schedule(c: Config, tokens: int) -> str:
     words = f"{c.lr:.2e} {warmup}, {c.schedule} to {end:.2e} at the end, {share}"
     if tokens < c.warmup:
         words += "; warning: the run ends inside the warm-up, lower --warmup"
-    if tokens > c.horizon and c.lr_floor == 0:
-        words += f"; warning: the rate is 0 from {c.horizon:,} tokens on"
+    if tokens > 1.5 * c.horizon or (tokens > c.horizon and c.lr_floor == 0):
+        words += (
+            f"; warning: from {c.horizon:,} tokens on the rate is at its lowest (a run keeps its "
+            "schedule, a new --out has one for this length)"
+        )
     return words
 
 
@@ -485,7 +489,7 @@ def describe_batch(c: Config, run: Run) -> str:
     words = f"{c.batch} x {c.seq_len} tokens"
     if run.world > 1:
         words += f" over {run.world} ranks, {layout.shard} to each copy of the weights"
-    return f"{words}; {layout.micro_batch} instances at a time"
+    return f"{words}; {layout.micro_batch} at a time"
 
 
 def evaluate(c: Config, run: Run, model: OLMo2, tokenizer: Tokenizer, text: Text) -> None:

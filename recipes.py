@@ -31,6 +31,7 @@ class PretrainSettings(RunSettings):
     """Stage 1. The defaults are those of the 1B to 13B (official yamls; paper Table 1)."""
 
     # ---- what is trained, on what
+
     # token files (.npy) or folders made by data.py; none: the embedded corpus (tiny to 760M)
     data: tuple[str, ...] = ()
     # held-out token files or folders; none: the val/ of --data
@@ -51,6 +52,7 @@ class PretrainSettings(RunSettings):
     out: str = ""
 
     # ---- a shape of your own; 0: as in --size (or write a line into SIZES, in shape.py)
+
     # blocks
     layers: Count = 0
     # width of the model
@@ -63,6 +65,7 @@ class PretrainSettings(RunSettings):
     ffn: Count = 0
 
     # ---- batches
+
     # tokens of an instance (paper Table 1)
     seq_len: Length = 4096
     # instances per optimizer step, over all processes
@@ -86,6 +89,7 @@ class PretrainSettings(RunSettings):
     mask_repeats: bool = True
 
     # ---- optimizer (paper section 3.3; OLMo olmo/optim.py)
+
     # peak learning rate
     lr: Rate = 4e-4
     # tokens of linear warm-up from 0 (official yamls)
@@ -111,6 +115,7 @@ class PretrainSettings(RunSettings):
     skip_sigma: NotNegative = 0.0
 
     # ---- ablations of the architecture (paper section 3; model.py): the first of each is OLMo 2
+
     # where the norms stand
     norm_position: Literal["reordered", "pre"] = "reordered"
     # RMSNorm on queries and keys
@@ -123,6 +128,7 @@ class PretrainSettings(RunSettings):
     embed_std: AboveZero = 0.02
 
     # ---- on the way
+
     # steps between training states (official yamls); the last step is always saved
     save_every: Positive = 1000
     # newest states to keep; 0: all
@@ -215,7 +221,11 @@ def ladder_recipe(shape: ModelConfig) -> dict:
     """
     n = shape.matrices
     lr = round(4.7e-3 * (n / 108e6) ** (-1 / 3), 6)
-    return dict(LADDER, tokens=20 * n, lr=lr, warmup=n, horizon=25 * n)
+    recipe = dict(LADDER, tokens=20 * n, lr=lr, warmup=n, horizon=25 * n)
+    recipe["seq_len"] = min(LADDER["seq_len"], shape.context)
+    if shape.vocab == SIZES["tiny"].vocab:
+        recipe["tokenizer"] = "laptop"
+    return recipe
 
 
 # ------------------------------------------------------------------------------------------

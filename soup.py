@@ -157,10 +157,6 @@ def weighted_mean(
 def check_alike(one: Ingredient, first: Ingredient, shapes: dict[str, Tensor]) -> None:
     """Raise UserError for another shape, other settings or another tokenizer than the first's."""
     where = "" if one is first else f"{one.path} does not go with {first.path}: "
-    try:
-        check_tensors(one.files, shapes)
-    except UserError as error:
-        raise UserError(f"{where}{error}") from None
     different = []
     for key, value in vars(first.config).items():
         other = getattr(one.config, key)
@@ -170,6 +166,10 @@ def check_alike(one: Ingredient, first: Ingredient, shapes: dict[str, Tensor]) -
         different.append(f"another tokenizer, {one.tokenizer.name!r}")
     if different:
         raise UserError(f"{where}it has {'; '.join(different)}")
+    try:
+        check_tensors(one.files, shapes)
+    except UserError as error:
+        raise UserError(f"{where}{error}") from None
 
 
 def check_distinct(hashes: dict[str, str]) -> None:

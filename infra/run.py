@@ -351,7 +351,7 @@ def check_same_run(run: Path, record: dict, settings: RunSettings) -> None:
         if name not in settings.MAY_CHANGE and old != entry["value"]:
             changed.append(f"{name} {old} -> {entry['value']}")
     if before["data"]["hash"] != record["data"]["hash"]:
-        changed.append(f"data {before['data']['hash']} -> {record['data']['hash']}")
+        changed.append(f"data {name_of(before['data'])} -> {name_of(record['data'])}")
     if before.get("start") != record["start"]:
         changed.append(f"what is in {record['config']['init']['value']}, which has been made anew")
     if changed:
@@ -359,6 +359,13 @@ def check_same_run(run: Path, record: dict, settings: RunSettings) -> None:
             f"{run} was started with other settings ({', '.join(changed)}): go on with the old "
             "ones, or choose another folder with --out"
         )
+
+
+def name_of(data: dict) -> str:
+    """What a run is trained on: its hash, and the first of its files."""
+    files = data.get("files")
+    first = f" ({files[0]})" if isinstance(files, list) and files else ""
+    return f"{data['hash']}{first}"
 
 
 def read_record(run: Path) -> dict:

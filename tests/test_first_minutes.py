@@ -1,6 +1,7 @@
 """What a researcher types first: lengths and schedules, shapes of their own, short texts, watching a run."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -267,7 +268,7 @@ def test_runs_are_compared(made, here, capsys):
     assert titles["lr"].curves[1].x[-1] == pytest.approx(4096 / 1e6)
     for flags, words in [
         (["runs/first"], "two runs or more"),
-        (["runs/first", "runs/nothing"], "runs/nothing holds no run with steps"),
+        (["runs/first", "runs/nothing"], "two runs or more"),
     ]:
         assert words in fails(compare.main, flags, capsys)
 
@@ -308,3 +309,36 @@ def test_every_script_takes_threads():
             env=os.environ | {"COLUMNS": "200"},
         )
         assert "--threads" in done.stdout, script
+
+
+# ---- advice that leads somewhere
+
+
+def test_advice_for_what_is_no_text_does_not_lead_in_a_circle(here, made, capsys):
+    (here / "page.md").write_text("# A page\n")
+    (here / "page.txt").write_text("A page.\n")
+    refused = fails(pretrain.main, ["--data", "page.md"], capsys)
+    assert refused.endswith("page.md is no token file (.npy), and no text")
+    assert "with python data.py" in fails(pretrain.main, ["--data", "page.txt"], capsys)
+    refused = fails(eval_module.main, [str(made), "--data", "nothing.txt"], capsys)
+    assert refused.endswith("nothing.txt does not exist")  # and no word of benchmarks
+
+
+def test_a_longer_run_says_that_its_schedule_is_over(made, here, capsys):
+    shutil.copytree(made, here / "runs/over")
+    pretrain.main([*QUICK, "--tokens", "20480", "--out", "runs/over"])
+    out = capsys.readouterr().out
+    assert "the rate is at its lowest (a run keeps its schedule, a new --out has one" in out
+
+
+def test_other_data_are_named(made, here, capsys):
+    laptop = data.get_tokenizer("laptop")
+    data.write_tokens(["some words of a text"] * 500, here / "mine/train", "mine", laptop)
+    refused = fails(pretrain.main, [*QUICK, "--data", "mine", "--out", str(made)], capsys)
+    assert "embedded-laptop" in refused and "mine/train/mine-00000.npy" in refused
+
+
+def test_a_line_with_the_laptops_vocabulary_trains_on_the_laptop(here, monkeypatch):
+    monkeypatch.setitem(SIZES, "mini", dataclasses.replace(SIZES["tiny"], layers=2))
+    c, _ = read_settings(["--size", "mini"])
+    assert (c.tokenizer, c.seq_len) == ("laptop", 128)
