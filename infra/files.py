@@ -127,7 +127,7 @@ def parse_object(path: Path, number: int, line: str) -> dict:
         shown = line[:60].strip()
         hint = " (an array? write one object per line: jq -c '.[]')" if shown[:1] == "[" else ""
         raise UserError(
-            f"{path}, line {number}: expected a whole JSON object on each line, got {shown!r}{hint}"
+            f"{path}, line {number}: expected a JSON object on each line, got {shown!r}{hint}"
         )
     return row
 
