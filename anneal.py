@@ -23,6 +23,7 @@ from eval import print_table, table_row
 from infra.checkpoint import list_states
 from infra.distributed import run_cli, shutdown_distributed
 from infra.files import UserError, read_number
+from infra.hub import is_hub_name
 from infra.metrics import rows_of
 from infra.run import open_run, settings_of_run
 from infra.settings import check_values, flags_in, parse_flags, silence_other_ranks
@@ -122,10 +123,13 @@ def find_stage1(c: Config) -> Stage1:
 def find_start(c: Config) -> Path:
     """The folder of the weights to start from; of a run, its newest state. Raises UserError."""
     path = Path(c.init or f"runs/{c.size}/pretrain")
+    if is_hub_name(str(path)):
+        return path
     if not path.exists():
         raise UserError(
             f"{path} does not exist: run stage 1 first (python pretrain.py --size {c.size}), "
-            "or name a run, a training state or a Hugging Face directory with --init"
+            "or name a run, a training state, a Hugging Face directory or a model on the Hub with "
+            "--init"
         )
     if not (path / "run.json").exists():
         return path

@@ -52,6 +52,7 @@ from infra.files import (
     write_json,
 )
 from infra.settings import Threads, check_ranges
+from lists import find_listed
 from tasks.synthetic import SOURCES, VERSION_SOURCE, embedded_documents
 
 # People import get_tokenizer and Tokenizer from here.
@@ -129,16 +130,24 @@ def batched(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
 # ------------------------------------------------------------------------------------------
 # Choosing token files
 
+DOWNLOADS = Path("tokens/downloads")  # of lists with URLs
 
-def token_files(paths: Iterable[str | Path], split: str) -> list[Path]:
+
+def token_files(
+    paths: Iterable[str | Path], split: str, root: str = "", take: int = 0
+) -> list[Path]:
     """The .npy files behind --data: files as they are; of a folder, those of its `split`.
 
-    split: train or val; a folder without such subfolders counts as a whole. A file that is listed
-    k times is k times in the mix, as in the official lists. Raises UserError where there is none.
+    split: train or val; a folder without such subfolders counts as a whole. @LIST: the files of a
+    list (lists.py), whose relative paths count from `root`; `take`: only so many tokens of it. A
+    file that is listed k times is k times in the mix, as in the official lists. Raises UserError
+    where there is none.
     """
     files: list[Path] = []
     for path in map(Path, paths):
-        if path.is_dir():
+        if str(path).startswith("@"):
+            files += find_listed(Path(str(path)[1:]), root, DOWNLOADS, take)
+        elif path.is_dir():
             files += folder_files(path, split)
         elif not path.exists():
             raise UserError(

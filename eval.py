@@ -6,6 +6,8 @@
     python eval.py some/hf/folder --tasks dev           # the pool to choose a recipe by
     python eval.py some/hf/folder --tasks heldout       # the pool to judge a recipe by
     python eval.py runs/tiny/pretrain --all-checkpoints # draws <run>/eval.png
+    python eval.py allenai/OLMo-2-0425-1B --list        # the revisions of a model on the Hub
+    python eval.py allenai/OLMo-2-0425-1B --all-checkpoints --every 50 --keep-one
 
 The table has one row per model and one column per task. `bpb` is bits per byte (likelihood.py).
 `math`, `qa` and `instruct` are generated questions that no stage trains on, answered greedily.
@@ -35,11 +37,12 @@ from data import (
 )
 from decode import decode_steps
 from documents import read_documents
-from infra.checkpoint import find_weights, list_states
+from infra.checkpoint import find_config, list_states
 from infra.distributed import best_device, rank_and_world, run_cli, set_threads
 from infra.files import UserError, ending, read_number, text_stem, write_json
+from infra.hub import forget, is_hub_name, list_revisions
 from infra.metrics import Curve, Panel, plot_curves, token_unit
-from infra.settings import Count, Threads, check_ranges
+from infra.settings import Count, Positive, Threads, check_ranges
 from likelihood import (
     BATCH_TOKENS,
     MAX_LENGTH,
@@ -167,7 +170,8 @@ def ask_questions(model: OLMo2, tokenizer: Tokenizer, count: int) -> dict[str, f
 
 @dataclass(frozen=True)
 class Config:
-    # runs, checkpoints, Hugging Face directories
+    # runs, checkpoints, Hugging Face directories, models on the Hub (owner/name, also with
+    # @revision)
     models: tyro.conf.Positional[tuple[str, ...]] = ("runs/tiny/pretrain",)
 
     # bpb; math qa instruct (embedded); OLMES and generative tasks; task/variant or a request file;
@@ -182,8 +186,18 @@ class Config:
     # too
     benchmarks: Path = Path("benchmarks")
 
-    # every checkpoint of each run, and <run>/eval.png: each column against the tokens seen
+    # every checkpoint of each run or model on the Hub, and a figure, <run>/eval.png: each column
+    # against the tokens seen
     all_checkpoints: bool = False
+
+    # with --all-checkpoints: one in so many, from the last one back
+    every: Positive = 1
+
+    # of revisions on the Hub, remove each from the disk once it is scored
+    keep_one: bool = False
+
+    # print the revisions of models on the Hub with the tokens seen, and end
+    list: bool = False
 
     # tokens of an instance for bpb; 0: 256, or the model's context where that is shorter
     seq_len: Count = 0
@@ -431,17 +445,47 @@ def fold(widths: dict[str, int], width: int) -> list[list[str]]:
 # All checkpoints of a run
 
 
-def checkpoints_of(run: str) -> dict[str, int]:
-    """checkpoint -> tokens seen, in the order of the steps of a run."""
+def checkpoints_of(run: str, every: int) -> dict[str, int]:
+    """checkpoint -> tokens seen, in order: the last of a run, and one in `every` before it."""
+    tokens = revisions_of(run) if is_hub_name(run) else states_of(run)
+    ordered = sorted(tokens, key=tokens.get, reverse=True)[::every]
+    return {path: tokens[path] for path in reversed(ordered)}
+
+
+def revisions_of(repository: str) -> dict[str, int]:
+    """revision -> tokens seen, of a model on the Hub. Stage 2 begins where stage 1 ended."""
+    known = [one for one in list_revisions(repository) if one.tokens is not None]
+    if not known:
+        raise UserError(f"{repository} has no revision named by its step and tokens")
+    stage1 = max((one.tokens for one in known if one.stage == "stage1"), default=0)
+    tokens = {}
+    for one in known:
+        before = stage1 if one.stage.startswith("stage2") else 0
+        tokens[f"{repository}@{one.name}"] = before + one.tokens
+    return tokens
+
+
+def print_revisions(repository: str) -> None:
+    """Print a model's revisions, those that say nothing of training last."""
+    for one in list_revisions(repository):
+        seen = "" if one.tokens is None else f"{one.tokens / 1e9:,.0f}B tokens"
+        print(f"{repository}@{one.name:45}{seen:>18}")
+
+
+def states_of(run: str) -> dict[str, int]:
+    """checkpoint -> tokens seen, of a run."""
     states = list_states(Path(run))
     tokens = {str(path): read_number(path / "state.json", "tokens") for path in states}
     if not tokens:
         raise UserError(f"{run} holds no checkpoint (step*-tokens*): --all-checkpoints takes runs")
-    return dict(sorted(tokens.items(), key=lambda item: item[1]))
+    return tokens
 
 
 def plot_checkpoints(run: str, tokens: dict[str, int], table: dict[str, dict[str, float]]) -> Path:
-    """Draw <run>/eval.png: every column that the table shows against the tokens seen."""
+    """Draw every column that the table shows against the tokens seen.
+
+    Into <run>/eval.png or, of a model on the Hub, eval-<name>.png here.
+    """
     rows = [table[path] for path in tokens]
     unit, label = token_unit(tokens.values())
     x = [seen / unit for seen in tokens.values()]
@@ -450,6 +494,8 @@ def plot_checkpoints(run: str, tokens: dict[str, int], table: dict[str, dict[str
         values = [row.get(name, math.nan) for row in rows]
         panels.append(Panel(name, [Curve(x, values, style={"marker": "."})], {"xlabel": label}))
     path = Path(run, "eval.png")
+    if is_hub_name(run):
+        path = Path(f"eval-{run.split('/')[1]}.png")
     plot_curves(path, panels)
     return path
 
@@ -487,6 +533,8 @@ def fill_table(
                 problems.append(f"{path}, {task}: {error}")
             if config.json:
                 write_json(Path(config.json), table)
+        if config.keep_one and is_hub_name(path):
+            forget(path)
     return problems
 
 
@@ -498,14 +546,20 @@ def main(arguments: list[str] | None = None) -> None:
     if config.seq_len == 1:
         raise UserError("--seq-len 1 has nothing to predict: 2 or more (0: as the model takes)")
     set_threads(config.threads)
+    if config.list:
+        for model in config.models:
+            print_revisions(model)
+        return
     tasks = resolve_tasks(config.tasks)
     check_tasks(tasks, config)
-    runs = {run: checkpoints_of(run) for run in config.models} if config.all_checkpoints else {}
+    runs = {}
+    if config.all_checkpoints:
+        runs = {run: checkpoints_of(run, config.every) for run in config.models}
     if config.json:
         check_writable(Path(config.json))
     paths = list(chain.from_iterable(runs.values())) or config.models
-    for path in paths:
-        read_config(find_weights(path)[0])
+    for path in [next(iter(tokens)) for tokens in runs.values()] or config.models:
+        read_config(find_config(path))
     device = best_device(config.device)
 
     table: dict[str, dict[str, float]] = {path: {} for path in paths}

@@ -9,7 +9,8 @@ What OLMo 2 changes in a Llama-like decoder (paper: arXiv 2501.00656, section 3.
 
     python model.py                     # the table of sizes: parameters, FLOPs, memory
     OLMo2(SIZES["190M"])                # random weights, the same on every machine
-    OLMo2.load("runs/tiny/pretrain")    # a run, one of its checkpoints, or a Hugging Face directory
+    OLMo2.load("runs/tiny/pretrain")    # a run, a checkpoint, a Hugging Face directory
+    OLMo2.load("allenai/OLMo-2-0425-1B")  # or a model on the Hub
 
 The sizes are in shape.py. Modules have the names of the released checkpoints, so loading needs no
 table of names.
@@ -330,7 +331,7 @@ class OLMo2(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> "OLMo2":
-        """Load a run (its `hf/`), one of its checkpoints, or a Hugging Face directory of any dtype.
+        """Load a run (its `hf/`), a checkpoint, a Hugging Face directory or a model on the Hub.
 
         Raises UserError for weights that are missing, extra, of another shape or damaged.
         """

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from data import get_tokenizer
-from infra.checkpoint import find_weights
+from infra.checkpoint import find_config
 from infra.distributed import PEAK_FLOPS, BatchLayout, batch_layout, make_mesh, run_cli, shard_model
 from infra.settings import AboveZero, Positive, check_ranges, parse_flags
 from model import ChunkedLoss, OLMo2
@@ -306,8 +306,7 @@ def report(c: PlanSettings) -> None:
 def shape_of(c: PlanSettings) -> ModelConfig:
     """The shape of --init or --size; a tokenizer is only looked for where the size has another."""
     if c.init:
-        folder, _ = find_weights(c.init)
-        return read_config(folder)
+        return read_config(find_config(c.init))
     shape = shape_of_flags(c)
     if c.tokenizer not in ("olmo2", pretrain_recipe(c.size).get("tokenizer")):
         shape = replace(shape, vocab=get_tokenizer(c.tokenizer).padded_vocab_size)

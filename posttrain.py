@@ -6,7 +6,7 @@
     python posttrain.py sft                   # one stage: sft, prefs, rm, dpo, ppo, grpo
     python posttrain.py dpo --size 7B --help  # the published values of a stage and a size
     python posttrain.py grpo --data rlvr.jsonl --init some/folder --out runs/mine    # your prompts
-    torchrun --nproc-per-node 8 posttrain.py sft --size 1B --init some/OLMo-2-1B
+    torchrun --nproc-per-node 8 posttrain.py sft --size 1B --init allenai/OLMo-2-0425-1B
 
 The stages are in sft.py, dpo.py and rlvr.py. Each that trains is a run as in stage 1,
 runs/<size>/sft and so on, with run.json, metrics.jsonl, curves.png, training states and hf/.
@@ -43,6 +43,7 @@ from infra.distributed import (
     shutdown_distributed,
 )
 from infra.files import UserError, did_you_mean, write_json
+from infra.hub import is_hub_name
 from infra.metrics import Curve, Panel, plot_curves
 from infra.run import open_run
 from infra.settings import (
@@ -214,7 +215,7 @@ def check(c: StageSettings) -> None:
 
 def check_exists(flag: str, path: str, size: str) -> None:
     """Raise UserError for a model that is not there, with the command that makes it."""
-    if not path or Path(path).exists():
+    if not path or Path(path).exists() or is_hub_name(path):
         return
     stage = Path(path).name.split("-")[0]
     script = f"posttrain.py {stage}" if stage in STAGES else f"{stage}.py"
@@ -222,8 +223,8 @@ def check_exists(flag: str, path: str, size: str) -> None:
     if Path(path).parent == Path("runs", size):
         first = f"make it first (python {script}{size_flag(size)}), or "
     raise UserError(
-        f"{path} does not exist: {first}name a run, a checkpoint or a Hugging Face directory "
-        f"with --{flag}"
+        f"{path} does not exist: {first}name a run, a checkpoint, a Hugging Face directory or a "
+        f"model on the Hub with --{flag}"
     )
 
 

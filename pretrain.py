@@ -47,6 +47,7 @@ from eval import ask_questions
 from infra.checkpoint import (
     Trained,
     check_unchanged,
+    find_config,
     find_weights,
     load_state,
     load_tensors,
@@ -77,6 +78,7 @@ from infra.settings import (
     where_from,
 )
 from likelihood import bits_per_byte_by_source, by_source, held_out_data
+from lists import implies_olmo2, lists_in
 from model import OLMo2, check_finite
 from recipes import (
     ANNEAL_LR,
@@ -302,8 +304,9 @@ def plain_text(c: Config, tokenizer: Tokenizer) -> Text:
     """All of the token files."""
     sources = c.data or [embedded_corpus(tokenizer)]
     held_out = [source for source in sources if Path(source, "val").is_dir()]
+    files = token_files(sources, "train", c.data_root, c.take)
     return Text(
-        train=TokenData(token_files(sources, "train"), c.seq_len, tokenizer, chunk=c.chunk),
+        train=TokenData(files, c.seq_len, tokenizer, chunk=c.chunk),
         val=by_source(token_files(held_out, "val")),
         shares={},
     )
@@ -570,8 +573,7 @@ def read_settings(arguments: list[str] | None) -> tuple[Config, dict[str, str]]:
     if init and given & set(SHAPE_FLAGS):
         raise UserError(f"the shape is that of the weights in {init}: leave out what names another")
     if init and "size" not in given:
-        folder, _ = find_weights(init)
-        size = nearest_size(read_config(folder))
+        size = nearest_size(read_config(find_config(init)))
     recipe = default_settings(size)
     c = parse_flags(recipe, arguments, __doc__)
     origin = where_from(c, recipe, {f"recipe {size}": pretrain_recipe(size)})
@@ -581,6 +583,9 @@ def read_settings(arguments: list[str] | None) -> tuple[Config, dict[str, str]]:
         name = get_tokenizer(init).name
         changes = {"tokenizer": name if name == c.tokenizer else init}
         origin["tokenizer"] = "init"
+    elif "tokenizer" not in given and any(map(implies_olmo2, lists_in(c.data))):
+        changes = {"tokenizer": "olmo2"}
+        origin["tokenizer"] = "the list of --data"
     check_ranges(c)
     schedule, why = find_schedule(c, recipe, given)
     return replace(c, **changes, **schedule), origin | dict.fromkeys(schedule, why)

@@ -32,8 +32,13 @@ class PretrainSettings(RunSettings):
 
     # ---- what is trained, on what
 
-    # token files (.npy) or folders made by data.py; none: the embedded corpus (tiny to 760M)
+    # token files (.npy), folders made by data.py, or @LIST of such files (lists.py); none: the
+    # embedded corpus (tiny to 760M)
     data: tuple[str, ...] = ()
+    # folder or URL from which relative paths in a list count; none: the list's own folder
+    data_root: str = ""
+    # of each list only so many tokens, each source its share; 0: all
+    take: Count = 0
     # held-out token files or folders; none: the val/ of --data
     val: tuple[str, ...] = ()
     # instead of --data: source=weight, …, shares of --tokens; sources are paths, or docs code prose
@@ -142,7 +147,7 @@ class PretrainSettings(RunSettings):
     # text that the samples continue; none: no samples
     sample: str = "The"
 
-    MAY_CHANGE: ClassVar = RunSettings.MAY_CHANGE | {"tokens", "val_tokens", "sample"}
+    MAY_CHANGE: ClassVar = RunSettings.MAY_CHANGE | {"tokens", "val_tokens", "sample", "data_root"}
 
 
 # ------------------------------------------------------------------------------------------

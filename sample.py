@@ -1,8 +1,8 @@
-"""Talk to a model: any run, checkpoint or Hugging Face directory, of any stage.
+"""Talk to a model: any run, checkpoint, Hugging Face directory or model on the Hub.
 
     python sample.py runs/tiny/pretrain "Return the number of"
     python sample.py                         # the laptop's pretraining run; type a text a line
-    python sample.py some/OLMo-2-Instruct    # a conversation; --system "Be brief."
+    python sample.py allenai/OLMo-2-0425-1B-Instruct    # a conversation, from the Hub
 
 Without a text on the command line, each line that you type is one, and an empty line ends. A base
 model continues each text. An instruct model is asked: each text is the user's turn, in the model's
@@ -27,7 +27,8 @@ from model import OLMo2
 
 @dataclass(frozen=True)
 class Config:
-    # a run, one of its checkpoints, or a Hugging Face directory
+    # a run, one of its checkpoints, a Hugging Face directory, or a model on the Hub (owner/name,
+    # owner/name@revision)
     model: tyro.conf.Positional[str] = "runs/tiny/pretrain"
 
     # the text to continue, or the question; none: ask for texts, one after the other

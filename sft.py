@@ -2,7 +2,7 @@
 
     python posttrain.py sft         # laptop: from runs/tiny/soup; 1 minute
     python posttrain.py sft --data talks.jsonl --val held-out.jsonl --out runs/mine/sft
-    torchrun --nproc-per-node 8 posttrain.py sft --size 1B --init some/OLMo-2-1B
+    torchrun --nproc-per-node 8 posttrain.py sft --size 1B --init allenai/OLMo-2-0425-1B
 
 What this stage teaches: a base model continues text. Trained on conversations, with the loss on the
 assistant's words alone, it answers, in the manner of the answers it is shown, good or bad.

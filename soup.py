@@ -36,6 +36,7 @@ from infra.checkpoint import (
     StoredWeights,
     check_tensors,
     check_unchanged,
+    find_config,
     find_weights,
     list_states,
     write_manifest,
@@ -51,6 +52,7 @@ from infra.files import (
     temporary_folder,
     write_json,
 )
+from infra.hub import is_hub_name
 from infra.metrics import Curve, Panel, plot_curves
 from infra.run import settings_of_run
 from infra.settings import Count, Positive, Threads, check_ranges, check_values
@@ -263,8 +265,8 @@ class Scores:
         self.tokenizer = get_tokenizer(path)
         found = find_held_out(c.data, path, self.tokenizer) if c.score else ({}, {})
         self.files, self.shares = found
-        folder, _ = find_weights(path)
-        self.seq_len = min(run_settings(path).get("seq_len", 4096), read_config(folder).context)
+        context = read_config(find_config(path)).context
+        self.seq_len = min(run_settings(path).get("seq_len", 4096), context)
         self.device = best_device(c.device)
 
     def bits_per_byte(self, model: OLMo2) -> dict[str, float]:
@@ -338,7 +340,7 @@ def read_record(path: Path) -> tuple[list[str], list[float], list[str]]:
     try:
         entries = [(e["path"], float(e["weight"]), e["sha256"]) for e in record["ingredients"]]
         paths, weights, hashes = map(list, zip(*entries))
-        found = [Path(ingredient).exists() for ingredient in paths]
+        found = [Path(path).exists() or is_hub_name(path) for path in paths]
     except (TypeError, KeyError, ValueError, OverflowError, OSError):
         raise UserError(
             f"{path} is no soup.json: expected ingredients, each with path, weight and sha256"

@@ -28,6 +28,7 @@ import tiktoken
 
 from infra.checkpoint import find_weights
 from infra.files import UserError, read_json, write_json
+from infra.hub import fetch_small_files, is_hub_name
 
 LAPTOP_FILE = Path(__file__).parent / "laptop.tiktoken"
 
@@ -335,7 +336,7 @@ def letter_bytes() -> dict[str, int]:
 
 @functools.lru_cache
 def get_tokenizer(name: str | Path) -> Tokenizer:
-    """The tokenizer `laptop` or `olmo2`, or that of a run or of a folder with tokenizer.json.
+    """The tokenizer `laptop` or `olmo2`, or that of a model or of a folder with tokenizer.json.
 
     Raises UserError for another name, a damaged file, or when cl100k can be neither found nor
     downloaded.
@@ -344,6 +345,8 @@ def get_tokenizer(name: str | Path) -> Tokenizer:
         return laptop_tokenizer()
     if name == "olmo2":
         return olmo2_tokenizer()
+    if is_hub_name(str(name)):
+        return read_tokenizer(fetch_small_files(str(name)), str(name))
     folder = Path(name)
     if not folder.is_dir():
         raise UserError(
@@ -387,8 +390,11 @@ def is_foreign(template: str) -> bool:
     return "<|assistant|>" not in template or any(mark in template for mark in FOREIGN_MARKS)
 
 
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer in a folder's tokenizer.json. Raises UserError where it is of another kind."""
+def read_tokenizer(folder: Path, name: str = "") -> Tokenizer:
+    """The tokenizer in a folder's tokenizer.json. Raises UserError where it is of another kind.
+
+    name: of the model, where the folder's does not tell it.
+    """
     stored = read_json(folder / "tokenizer.json")
     config = read_json(folder / "tokenizer_config.json")
     try:
@@ -409,7 +415,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         # Ours say what they are; of others the template tells it.
         instruct = config.get("instruct", bool(template) and "name" not in config)
         chat_bos = "bos_token" in (template or CHAT_TEMPLATE)
-        name = str(config.get("name", folder.name))
+        name = str(config.get("name", name or folder.name))
         return Tokenizer(name, ranks, pattern, added, chat_bos, instruct, foreign)
     except BaseException as error:  # tiktoken's Rust panics are no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":

@@ -50,6 +50,7 @@ from infra.files import (
     sync,
     write_json,
 )
+from infra.hub import fetch_model, fetch_small_files, is_hub_name
 
 Tensors = dict[str, Tensor]
 
@@ -58,18 +59,29 @@ Tensors = dict[str, Tensor]
 
 
 def find_weights(path: str | Path) -> tuple[Path, Path]:
-    """(folder of config.json, folder of the weights) of a run, a checkpoint or an HF directory."""
+    """(folder of config.json, folder of the weights) of a model.
+
+    path: a run, a checkpoint, a Hugging Face directory, or a name on the Hub, whose files are
+    downloaded if they are not in the cache. Raises UserError.
+    """
+    if is_hub_name(str(path)):
+        path = fetch_model(str(path))
     path = Path(path)
     if not path.exists():
         raise UserError(
             f"{path} does not exist: train a model first (python pretrain.py), or name a run, "
-            "a checkpoint of one, or a Hugging Face directory"
+            "a checkpoint of one, a Hugging Face directory, or a model on the Hub (owner/name)"
         )
     for folder in (path, path / "hf", *list_states(path)):
         if (folder / "config.json").exists():
             in_shards = folder / "model"
             return folder, in_shards if in_shards.is_dir() else folder
     raise UserError(f"{path} holds no model: expected config.json in it, or hf/ as in a run")
+
+
+def find_config(path: str | Path) -> Path:
+    """The folder of a model's config.json; of a model on the Hub without its weights."""
+    return fetch_small_files(str(path)) if is_hub_name(str(path)) else find_weights(path)[0]
 
 
 def write_weights(

@@ -23,13 +23,15 @@ from infra.files import UserError
 
 
 def parse_count(text: str) -> int:
-    """A whole number, written 1000000, 1_000_000 or 1e6, exactly: a float has only 53 bits.
+    """A whole number, written 1000000, 1_000_000, 1e6 or 1M, exactly: a float has only 53 bits.
 
-    >>> parse_count("1.5e3"), parse_count("9007199254740993")
-    (1500, 9007199254740993)
+    >>> parse_count("1.5e3"), parse_count("100M"), parse_count("9007199254740993")
+    (1500, 100000000, 9007199254740993)
     """
     try:
-        value = Decimal(text.replace("_", ""))
+        powers = {"K": "e3", "M": "e6", "B": "e9", "T": "e12"}
+        digits = text.replace("_", "")
+        value = Decimal(digits[:-1] + powers.get(digits[-1:], digits[-1:]))
     except ArithmeticError:
         raise ValueError(f"{text} is not a whole number") from None
     if not (value.is_finite() and abs(value) < 2**63):

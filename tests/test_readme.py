@@ -33,7 +33,7 @@ STAGES = ["sft", "prefs", "rm", "dpo", "ppo", "grpo"]
 # The house from the ground up: a file imports only from floors below its own.
 FLOORS = [
     ["infra.files"],
-    ["infra.settings", "infra.distributed"],
+    ["infra.settings", "infra.distributed", "infra.hub"],
     ["infra.checkpoint"],
     ["infra.metrics"],
     ["infra.run"],
@@ -53,7 +53,7 @@ FLOORS = [
     ["decode"],
     ["shape"],
     ["model"],
-    ["documents"],
+    ["documents", "lists"],
     ["data"],
     ["recipes"],
     ["likelihood"],
