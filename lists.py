@@ -9,17 +9,29 @@ count. The order of a list is that of the data, and a file that stands there k t
 the mix. Sources: OLMo configs/official-1124, OLMo-core src/olmo_core/data/mixes.
 """
 
+import hashlib
+import json
 import os
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, ClassVar
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from infra.files import UserError, join_problems
+from infra.files import (
+    UserError,
+    join_problems,
+    lock_folder,
+    read_json,
+    read_number,
+    write_json,
+)
 
 TOKENIZER = "allenai/dolma2-tokenizer"  # what {TOKENIZER} stands for: its ids are the olmo2 ones
 ATTEMPTS = 5  # of a download that breaks off; each goes on where the last one ended
@@ -115,7 +127,7 @@ def find_listed(
     check_local(entries)
     wanted = dict.fromkeys(entry.place for entry in entries)  # place -> tokens, None: all
     if take:
-        wanted = share_out(entries, sizes_of(entries), take)
+        wanted = read_shares(entries, take, cache)
     where = {entry.place: entry.where for entry in entries}
     urls = {place: n for place, n in wanted.items() if is_url(place) or n}
     check_room(entries, urls, cache)
@@ -128,6 +140,18 @@ def find_listed(
         elif place in wanted:
             found.append(Path(place))
     return list(dict.fromkeys(found)) if take else found
+
+
+def read_shares(entries: list[Entry], take: int, cache: Path) -> dict[str, int]:
+    """`share_out`, once: afterwards it stands in the cache, and no server is asked again."""
+    key = json.dumps([take, *(entry.place for entry in entries)])
+    path = cache / f"take-{take}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+    if not path.exists():
+        wanted = share_out(entries, sizes_of(entries), take)
+        cache.mkdir(parents=True, exist_ok=True)
+        write_json(path, wanted)
+    known = {entry.place for entry in entries}
+    return {place: read_number(path, place) for place in read_json(path) if place in known}
 
 
 def check_local(entries: list[Entry]) -> None:
@@ -227,73 +251,95 @@ def download_all(urls: dict[str, int | None], where: dict[str, str], cache: Path
     new = [place for place, path in paths.items() if not path.exists()]
     if not new:
         return
+    cache.mkdir(parents=True, exist_ok=True)
     with (
+        lock_folder(cache, wait=True),  # another process may fetch the same
         tqdm(desc="download", unit="B", unit_scale=True, disable=None) as bar,
         ThreadPoolExecutor(PARALLEL) as threads,
     ):
         jobs = []
         for place in new:
             limit = 4 * urls[place] if urls[place] else None
-            job = threads.submit(download, place, paths[place], where[place], limit, bar)
-            jobs.append(job)
+            wanted = Download(place, paths[place], where[place], limit)
+            jobs.append(threads.submit(wanted.fetch, bar))
         try:
             for job in jobs:
                 job.result()
-        finally:
+        finally:  # after an error and after Ctrl-C the others end, too
+            Download.stopped.set()
             threads.shutdown(cancel_futures=True)
+            Download.stopped.clear()
 
 
-def download(url: str, path: Path, where: str, limit: int | None, bar: tqdm) -> None:
-    """Download a file, whole or not at all; a part of it stays beside, and the next try goes on.
+@dataclass(frozen=True)
+class Download:
+    """A file to come, whole or not at all. A part of it stays beside, and the next try goes on."""
 
-    limit: bytes, from the first on; None: all. Raises UserError.
-    """
-    import httpx
+    place: str  # a URL or a path
+    path: Path
+    where: str  # it stands, for errors
+    limit: int | None  # bytes, from the first on; None: all
 
-    part = path.with_name(f"{path.name}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    problem = "it breaks off"
-    for _ in range(ATTEMPTS):
-        try:
-            size = limit
-            if not is_url(url):
-                with open(url, "rb") as file:
-                    part.write_bytes(file.read(limit))
-            else:
-                whole = download_rest(url, part, limit, bar)
-                size = limit or whole
-            if size is None or part.stat().st_size == size:
-                os.replace(part, path)
+    stopped: ClassVar[threading.Event] = threading.Event()
+
+    def fetch(self, bar: tqdm) -> None:
+        """Download it, with some attempts. Raises UserError."""
+        import httpx
+
+        part = self.path.with_name(f"{self.path.name}.part")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        problem = "it breaks off"
+        for attempt in range(ATTEMPTS):
+            if self.path.exists() or self.stopped.is_set():
                 return
-        except httpx.HTTPStatusError as error:
-            raise UserError(f"{where}: {url} is answered by {error.response.status_code}") from None
-        except (httpx.HTTPError, OSError) as error:
-            problem = str(error)
-    raise UserError(f"{where}: {url} cannot be had: {problem}")
+            try:
+                size = self.fetch_rest(part, bar) if is_url(self.place) else self.copy(part)
+                if size is None or part.stat().st_size == size:
+                    os.replace(part, self.path)
+            except (httpx.HTTPError, OSError) as error:
+                problem = str(error).splitlines()[0]
+                time.sleep(0.1 * 2**attempt)
+        if not self.path.exists():
+            raise UserError(f"{self.where}: {self.place} cannot be had: {problem}")
 
+    def copy(self, part: Path) -> int | None:
+        """Copy the first bytes of a file that is here."""
+        with open(self.place, "rb") as file:
+            part.write_bytes(file.read(self.limit))
+        return self.limit
 
-def download_rest(url: str, part: Path, limit: int | None, bar: tqdm) -> int | None:
-    """Append to `part` what it lacks, up to `limit` bytes; returns the size of the whole, if known.
+    def fetch_rest(self, part: Path, bar: tqdm) -> int | None:
+        """Append to `part` what it lacks; returns the size that it must have, if that is known.
 
-    A server that knows no ranges begins anew.
-    """
-    import httpx
+        A server that knows no ranges begins anew.
+        """
+        import httpx
 
-    have = part.stat().st_size if part.exists() else 0
-    if have and have == limit:
-        return None
-    headers = {"Range": f"bytes={have}-{limit - 1 if limit else ''}"} if have or limit else {}
-    with httpx.stream("GET", url, headers=headers, follow_redirects=True, timeout=30) as answer:
-        if answer.status_code == 416:  # nothing is lacking
+        have = part.stat().st_size if part.exists() else 0
+        if have and have == self.limit:
             return have
-        answer.raise_for_status()
-        goes_on = answer.status_code == 206
-        length = answer.headers.get("Content-Length")
-        with open(part, "ab" if goes_on else "wb") as file:
-            for piece in answer.iter_raw():
-                left = len(piece) if limit is None else limit - file.tell()
-                file.write(piece[:left])
-                bar.update(len(piece))
-                if left <= len(piece) and limit:
-                    break
-    return int(length) + have * goes_on if length else None
+        headers = {"Accept-Encoding": "identity"}  # not compressed on the way
+        if have or self.limit:
+            headers["Range"] = f"bytes={have}-{self.limit - 1 if self.limit else ''}"
+        options = dict(headers=headers, follow_redirects=True, timeout=30)
+        with httpx.stream("GET", self.place, **options) as answer:
+            if answer.status_code == 416:  # nothing is lacking
+                return have
+            answer.raise_for_status()
+            goes_on = answer.status_code == 206
+            length = answer.headers.get("Content-Length")
+            with open(part, "ab" if goes_on else "wb") as file:
+                self.append(answer.iter_raw(), file, bar)
+        return self.limit or (int(length) + have * goes_on if length else None)
+
+    def append(self, pieces: Iterator[bytes], file: BinaryIO, bar: tqdm) -> None:
+        """Write the pieces, up to the limit."""
+        for piece in pieces:
+            if self.stopped.is_set():
+                raise OSError("stopped")
+            if self.limit:
+                piece = piece[: self.limit - file.tell()]
+            if not piece:
+                return
+            file.write(piece)
+            bar.update(len(piece))

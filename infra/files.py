@@ -263,17 +263,17 @@ def temporary_folder(tmp: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path, wait: bool = False) -> Iterator[None]:
     """Lock a folder until this process ends or is done, however that happens.
 
-    Raises BlockingIOError if another process has locked it.
+    If another process has locked it: wait, or raise BlockingIOError.
     """
     import fcntl  # which Windows has not
 
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise
         except OSError:  # a disk without locks

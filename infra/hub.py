@@ -228,4 +228,5 @@ def forget(name: str) -> None:
 
     folder = fetch_model(name)
     fetch_model.cache_clear()
+    fetch_small_files.cache_clear()
     scan_cache_dir().delete_revisions(folder.name).execute()

@@ -1,12 +1,14 @@
 """lists.py: the official lists as they are, files here, and files by URL from a server on loopback."""
 
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SHARED, fails, needs_shared
+from conftest import ROOT, SHARED, fails, needs_shared
 
 import lists
 import pretrain
@@ -129,6 +131,7 @@ class Server(ThreadingHTTPServer):
         self.cut = 0  # bytes of each answer that arrive before the connection breaks; 0: all
         self.ranges = True
         self.asked = []
+        self.heads = 0
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -137,6 +140,7 @@ class Answer(BaseHTTPRequestHandler):
         pass
 
     def do_HEAD(self):
+        self.server.heads += 1
         content = self.server.files.get(self.path)
         if content is None:
             return self.send_error(404)
@@ -232,9 +236,11 @@ def test_a_share_of_each_source_is_taken(server, tmp_path, capsys):
     for path, name, tokens in zip(found, "012", (5000, 1000, 3000)):
         assert path.read_bytes() == server.files[f"/data/{name}.npy"][: 4 * tokens]
     assert f"take      1,000 of 5,000 tokens, web: {server.url}/preprocessed/web/tok/1.npy" in out
-    asked = len(server.asked)
+    asked = len(server.asked), server.heads
     assert find_listed(listed, server.url, tmp_path / "cache", take=9000) == found
-    assert len(server.asked) == asked and sum(wanted != "" for _, wanted in server.asked) == 3
+    assert (len(server.asked), server.heads) == asked and sum(
+        wanted != "" for _, wanted in server.asked
+    ) == 3
     # Also of files that are here, also from a server without ranges, also after a break.
     for path, content in server.files.items():
         here = tmp_path / "mirror" / path[1:]
@@ -248,6 +254,19 @@ def test_a_share_of_each_source_is_taken(server, tmp_path, capsys):
     server.ranges, server.cut = True, 4500
     broken = find_listed(listed, server.url, tmp_path / "fourth", take=9000)
     assert [path.read_bytes() for path in broken] == [path.read_bytes() for path in found]
+
+
+def test_processes_that_want_the_same_wait_for_each_other(server, tmp_path):
+    listed = write("urls.txt", *(f"{server.url}/data/{i}.npy" for i in range(3)))
+    command = (
+        "import sys; from lists import *; find_listed(Path(sys.argv[1]), cache=Path(sys.argv[2]))"
+    )
+    arguments = [sys.executable, "-c", command, str(listed.absolute()), str(tmp_path / "cache")]
+    children = [subprocess.Popen(arguments, cwd=ROOT) for _ in range(3)]
+    assert [child.wait() for child in children] == [0, 0, 0]
+    assert len(server.asked) == 3
+    for path in find_listed(listed, cache=tmp_path / "cache"):
+        assert path.read_bytes() == server.files[f"/data/{path.name}"]
 
 
 def test_a_list_that_does_not_fit_on_the_disk_is_refused(server, tmp_path, monkeypatch):
