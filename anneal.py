@@ -250,11 +250,17 @@ def print_differences(stage1: Stage1, c: Config, before: Config | None) -> None:
     old_name = Path(before.out if before else "stage 1").name
     rows = [("setting", old_name, Path(c.out).name)]
     rows += changed(before, c, {"out", "ingredient"}) if before else differences(stage1, c)
-    width, old_width, _ = (max(map(len, column)) for column in zip(*rows))
     print()
-    for name, old, new in rows:
-        print(f"{name:{width}}  {old:{old_width}}  {new}".rstrip())
+    print_columns(rows)
     print(flush=True)
+
+
+def print_columns(rows: list[tuple[str, ...]]) -> None:
+    """Print a table of texts, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        print("  ".join(cells).rstrip())
 
 
 def differences(stage1: Stage1, c: Config) -> list[tuple[str, str, str]]:

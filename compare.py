@@ -15,6 +15,7 @@ from pathlib import Path
 
 import tyro
 
+from anneal import print_columns, show
 from infra.distributed import run_cli
 from infra.files import UserError
 from infra.metrics import (
@@ -48,27 +49,16 @@ def differing_settings(runs: list[str]) -> list[tuple[str, ...]]:
     names = dict.fromkeys(chain.from_iterable(settings))
     rows = []
     for name in names:
-        values = tuple(show(name, one.get(name)) for one in settings)
+        values = tuple(show_setting(name, one.get(name)) for one in settings)
         if len(set(values)) > 1 and name not in NOT_SHOWN:
             rows.append((name, *values))
     return rows
 
 
-def show(name: str, value) -> str:
-    """A setting's value, for people."""
-    if value in (None, "", ()) or (name in SHAPE_FLAGS and value == 0):
-        return "-"
-    if isinstance(value, tuple):
-        return " ".join(value)
-    return f"{value:,}" if type(value) is int else str(value)
-
-
-def print_table(rows: list[tuple[str, ...]]) -> None:
-    """Columns, each as wide as its widest cell."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
-        print("  ".join(cells).rstrip())
+def show_setting(name: str, value) -> str:
+    """A setting's value, for people; a dash where it says nothing."""
+    says_nothing = value in (None, "", ()) or (name in SHAPE_FLAGS and value == 0)
+    return "-" if says_nothing else show(value)
 
 
 @dataclass(frozen=True)
@@ -123,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     if len(steps) < 2:
         raise UserError("two runs or more can be compared, each a folder with run.json and steps")
     different = differing_settings(list(steps))
-    print_table([("setting", *steps), *different] if different else [("no setting differs",)])
+    print_columns([("setting", *steps), *different] if different else [("no setting differs",)])
     c.out.parent.mkdir(parents=True, exist_ok=True)
     plot_curves(c.out, make_panels(steps, find_axis(steps)), columns=3, size=(4.2, 3))
     print(f"drawn in {c.out}")

@@ -12,7 +12,6 @@ the mix. Sources: OLMo configs/official-1124, OLMo-core src/olmo_core/data/mixes
 import hashlib
 import json
 import os
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -26,6 +25,8 @@ from tqdm import tqdm
 
 from infra.files import (
     UserError,
+    check_room,
+    first_line,
     join_problems,
     lock_folder,
     read_json,
@@ -130,7 +131,7 @@ def find_listed(
         wanted = read_shares(entries, take, cache)
     where = {entry.place: entry.where for entry in entries}
     urls = {place: n for place, n in wanted.items() if is_url(place) or n}
-    check_room(entries, urls, cache)
+    check_files_fit(entries, urls, cache)
     download_all(urls, where, cache)
     found = []
     for entry in entries:
@@ -183,8 +184,7 @@ def size_of(place: str, where: str) -> int:
         answer.raise_for_status()
         return int(answer.headers["Content-Length"])
     except (httpx.HTTPError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{where}: {place} cannot be had: {reason}") from None
+        raise UserError(f"{where}: {place} cannot be had: {first_line(error)}") from None
 
 
 def share_out(entries: list[Entry], sizes: dict[str, int], take: int) -> dict[str, int]:
@@ -208,7 +208,7 @@ def share_out(entries: list[Entry], sizes: dict[str, int], take: int) -> dict[st
     return wanted
 
 
-def check_room(entries: list[Entry], urls: dict[str, int | None], cache: Path) -> None:
+def check_files_fit(entries: list[Entry], urls: dict[str, int | None], cache: Path) -> None:
     """Raise UserError if what is to be downloaded does not fit on the disk: lists are long."""
     new = [
         e for e in entries if e.place in urls and not cached(e.place, cache, urls[e.place]).exists()
@@ -217,13 +217,7 @@ def check_room(entries: list[Entry], urls: dict[str, int | None], cache: Path) -
         return
     whole = sizes_of([entry for entry in new if urls[entry.place] is None])
     needed = sum(whole.values()) + sum(4 * tokens for tokens in urls.values() if tokens)
-    cache.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(cache).free
-    if needed > free:
-        raise UserError(
-            f"the list needs {needed / 1e9:,.1f} GB in {cache}, where {free / 1e9:,.1f} GB are "
-            "free: take a share of each source with --take 100M, or make room"
-        )
+    check_room(cache, needed, "the list", "take a share of each source (--take 100M)")
 
 
 # ------------------------------------------------------------------------------------------
@@ -297,7 +291,7 @@ class Download:
                 if size is None or part.stat().st_size == size:
                     os.replace(part, self.path)
             except (httpx.HTTPError, OSError) as error:
-                problem = str(error).splitlines()[0]
+                problem = first_line(error)
                 time.sleep(0.1 * 2**attempt)
         if not self.path.exists():
             raise UserError(f"{self.where}: {self.place} cannot be had: {problem}")

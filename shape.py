@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from infra.files import UserError, did_you_mean, read_json, write_json
+from infra.hub import MODEL_TYPES
 
 # ------------------------------------------------------------------------------------------
 # Sizes
@@ -204,7 +205,7 @@ def read_config(folder: Path) -> ModelConfig:
         if not isinstance(within, dict):
             raise UserError(f"{path}: expected an object under {key}, got {within!r}")
         hf = within | hf
-    if hf.get("model_type") not in ("olmo2", "olmo2-ablation"):
+    if hf.get("model_type") not in MODEL_TYPES:
         raise UserError(f"{path} has model_type {hf.get('model_type')!r}, not 'olmo2'")
     for key, value in (FIXED_KEYS | ABSENT_KEYS).items():
         if hf.get(key, value) != value:

@@ -50,7 +50,7 @@ from infra.files import (
     sync,
     write_json,
 )
-from infra.hub import fetch_model, fetch_small_files, is_hub_name
+from infra.hub import fetch_model, fetch_small_files, files_of_index, is_hub_name
 
 Tensors = dict[str, Tensor]
 
@@ -272,11 +272,7 @@ def check_files(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return
-    weight_map = read_json(index).get("weight_map")
-    names = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
-    if not all(isinstance(name, str) for name in names):
-        raise UserError(f"{index}: expected file names under weight_map, by tensor")
-    expected = set(names)
+    expected = files_of_index(index)
     if missing := sorted(expected - files):
         raise UserError(f"{folder} lacks {', '.join(missing)}, named by its index")
     if extra := sorted(files - expected):

@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import checkpoint
 
-from infra.files import UserError, join_problems
+from infra.files import UserError, first_line, join_problems
 from infra.settings import RunSettings
 
 # ------------------------------------------------------------------------------------------
@@ -408,11 +408,6 @@ def exit_if_peer_lost() -> Iterator[None]:
         if world == 1 or not any(word in str(error) for word in words):
             raise
         sys.exit(f"rank {rank} lost the others, which have ended or hang: {first_line(error)}")
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text; torch's go on for pages."""
-    return str(error).strip().splitlines()[0]
 
 
 # ------------------------------------------------------------------------------------------

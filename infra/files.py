@@ -43,6 +43,22 @@ def did_you_mean(word: str, options: Iterable[str], cutoff: float = 0.6) -> str:
     return f", did you mean {close[0]}?" if close else ""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; some go on for pages."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def check_room(folder: Path, needed: int, what: str, hint: str) -> None:
+    """Raise UserError if so many bytes more do not fit on the disk of a folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{what} needs {needed / 1e9:,.1f} GB more in {folder}, where {free / 1e9:,.1f} GB are "
+            f"free: make room, or {hint}"
+        )
+
+
 def check_library(name: str, what: str) -> None:
     """Raise UserError unless a library is installed that `what` needs and that most do not."""
     if importlib.util.find_spec(name) is None:

@@ -12,12 +12,11 @@ import contextlib
 import difflib
 import functools
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra.files import UserError, read_json
+from infra.files import UserError, check_room, first_line, read_json
 
 # What is read of a model before its weights, so that it is checked before.
 SMALL_FILES = (
@@ -71,19 +70,22 @@ def fetch_model(name: str) -> Path:
     if kind not in MODEL_TYPES:
         raise UserError(f"{name} is a model of type {kind!r}, not an OLMo 2 ('olmo2')")
     weights = weight_files(folder)
-    check_room(name, weights)
+    check_weights_fit(name, weights)
     return download(name, (*SMALL_FILES, *weights))
 
 
 def weight_files(folder: Path) -> set[str]:
     """The files of a model's weights: those of its index, or the only one."""
     index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return {"model.safetensors"}
+    return files_of_index(index) if index.exists() else {"model.safetensors"}
+
+
+def files_of_index(index: Path) -> set[str]:
+    """The files that a model.safetensors.index.json names. Raises UserError."""
     weight_map = read_json(index).get("weight_map")
-    files = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
-    if not all(re.fullmatch(r"[\w-]+\.safetensors", file) for file in files):
-        raise UserError(f"{index}: expected names of files under weight_map, by tensor")
+    files = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else {""}
+    if not all(re.fullmatch(r"[\w.-]+\.safetensors", file) for file in files):
+        raise UserError(f"{index}: expected file names under weight_map, by tensor")
     return files
 
 
@@ -105,7 +107,7 @@ def download(name: str, patterns: tuple[str, ...]) -> Path:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
 
 
-def check_room(name: str, weights: set[str]) -> None:
+def check_weights_fit(name: str, weights: set[str]) -> None:
     """Raise UserError if the weights that are still to come do not fit on the disk.
 
     Where the Hub cannot be asked, the cache must have them.
@@ -122,14 +124,7 @@ def check_room(name: str, weights: set[str]) -> None:
         known = try_to_load_from_cache(repository, file.rfilename, revision=info.sha)
         if file.rfilename in weights and not known:
             missing += file.size or 0
-    cache = Path(constants.HF_HUB_CACHE)
-    cache.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(cache).free
-    if missing > free:
-        raise UserError(
-            f"{name} needs {missing / 1e9:,.1f} GB more in {cache}, where {free / 1e9:,.1f} GB are "
-            "free: make room, or put the cache elsewhere (HF_HOME)"
-        )
+    check_room(Path(constants.HF_HUB_CACHE), missing, name, "put the cache elsewhere (HF_HOME)")
 
 
 @contextlib.contextmanager
@@ -173,11 +168,6 @@ def explain(name: str, error: Exception) -> str:
         f"({said[:80]}): see HF_HUB_OFFLINE and HF_ENDPOINT, or download it elsewhere (hf download "
         "NAME) and name the folder"
     )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text."""
-    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 # ------------------------------------------------------------------------------------------

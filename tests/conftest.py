@@ -79,6 +79,28 @@ def here(workplace, monkeypatch):
     return workplace
 
 
+FLAGS = "--seq-len 32 --batch 4 --threads 1 --save-every 4 --keep 0 --eval-every 8 --val-tokens 512"
+SHORT = [*FLAGS.split(), *"--log-every 8 --warmup 512 --horizon 4096 --questions 0".split()]
+
+
+@pytest.fixture(scope="module")
+def made(workplace):
+    """A run of eight steps, runs/first, with its states."""
+    import pretrain
+
+    out = workplace / "runs/first"
+    with contextlib.chdir(workplace):
+        pretrain.main([*SHORT, "--tokens", "1024", "--out", str(out)])
+    return out
+
+
+@pytest.fixture
+def run(made, here):
+    """A copy of it, which a test may damage."""
+    shutil.rmtree(here / "runs/copy", ignore_errors=True)
+    return Path(shutil.copytree(made, here / "runs/copy"))
+
+
 @pytest.fixture
 def sigint():
     """SIGINT interrupts, as at a terminal. A shell starts what runs in the background with SIGINT ignored, and children inherit that."""

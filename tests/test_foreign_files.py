@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, fails
+from conftest import ROOT, SHORT, fails
 from safetensors.torch import load_file, save_file
 
 import anneal
@@ -28,23 +28,6 @@ from infra.metrics import read_metrics
 from model import OLMo2, read_config
 
 SHAPES = ["[]", "null", '"text"', "3", "", "{", "[" * 100_000, "{}", '{"a": [1, {"b": null}]}']
-FLAGS = "--seq-len 32 --batch 4 --threads 1 --save-every 4 --keep 0 --eval-every 8 --val-tokens 512"
-SHORT = [*FLAGS.split(), *"--log-every 8 --warmup 512 --horizon 4096 --questions 0".split()]
-
-
-@pytest.fixture(scope="module")
-def made(workplace):
-    """A run of eight steps, with its states."""
-    out = workplace / "runs/first"
-    pretrain.main([*SHORT, "--tokens", "1024", "--out", str(out)])
-    return out
-
-
-@pytest.fixture
-def run(made, here):
-    shutil.rmtree(here / "runs/copy", ignore_errors=True)
-    shutil.copytree(made, here / "runs/copy")
-    return here / "runs/copy"
 
 
 def go_on(run, tokens=1280):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from conftest import SHORT
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import anneal
@@ -34,9 +35,6 @@ from shape import read_config
 from tasks.benchmarks import read_ifeval, read_requests
 from tasks.conversations import Source, read_examples, read_prompts
 from tokenizer import read_tokenizer
-
-FLAGS = "--seq-len 32 --batch 4 --threads 1 --save-every 4 --keep 0 --eval-every 8 --val-tokens 512"
-SHORT = [*FLAGS.split(), *"--log-every 8 --warmup 512 --horizon 4096 --questions 0".split()]
 
 many = settings(
     max_examples=200,
@@ -63,15 +61,6 @@ VALUES = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXTS, inner, max_size=3)),
     max_leaves=5,
 )
-
-
-@pytest.fixture(scope="module")
-def made(workplace):
-    """A run of eight steps, with its states."""
-    out = workplace / "runs/first"
-    with contextlib.chdir(workplace):
-        pretrain.main([*SHORT, "--tokens", "1024", "--out", str(out)])
-    return out
 
 
 @pytest.fixture(scope="module")

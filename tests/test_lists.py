@@ -1,5 +1,6 @@
 """lists.py: the official lists as they are, files here, and files by URL from a server on loopback."""
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -270,10 +271,10 @@ def test_processes_that_want_the_same_wait_for_each_other(server, tmp_path):
 
 
 def test_a_list_that_does_not_fit_on_the_disk_is_refused(server, tmp_path, monkeypatch):
-    usage = lists.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(lists.shutil, "disk_usage", lambda _: usage._replace(free=10_000))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
     listed = write("urls.txt", f"{server.url}/data/0.npy")
-    with pytest.raises(UserError, match="the list needs 0.0 GB .* --take 100M"):
+    with pytest.raises(UserError, match="the list needs 0.0 GB more .*--take 100M"):
         find_listed(listed, cache=tmp_path / "cache")
     assert find_listed(listed, cache=tmp_path / "cache", take=100)
 

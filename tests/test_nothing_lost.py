@@ -8,7 +8,7 @@ import signal
 import threading
 
 import pytest
-from conftest import fails
+from conftest import SHORT as USUAL, fails
 
 import data
 import dpo
@@ -24,24 +24,7 @@ from infra.metrics import read_metrics, rows_of
 from infra.run import Run
 from model import OLMo2
 
-FLAGS = "--seq-len 32 --batch 4 --threads 1 --save-every 4 --keep 0 --eval-every 2 --val-tokens 512"
-SHORT = [*FLAGS.split(), *"--log-every 8 --warmup 512 --horizon 4096 --questions 0".split()]
-
-
-@pytest.fixture(scope="module")
-def made(workplace):
-    """A run of eight steps, with its states."""
-    out = workplace / "runs/first"
-    with contextlib.chdir(workplace):
-        pretrain.main([*SHORT, "--tokens", "1024", "--out", str(out)])
-    return out
-
-
-@pytest.fixture
-def run(made, here):
-    shutil.rmtree(here / "runs/copy", ignore_errors=True)
-    shutil.copytree(made, here / "runs/copy")
-    return here / "runs/copy"
+SHORT = [*USUAL, "--eval-every", "2"]
 
 
 def signal_at_step(monkeypatch, module, number):
