@@ -29,8 +29,9 @@ from torch.utils.flop_counter import flop_registry
 
 from data import get_tokenizer
 from infra.checkpoint import find_config
-from infra.distributed import PEAK_FLOPS, BatchLayout, batch_layout, make_mesh, run_cli, shard_model
+from infra.distributed import PEAK_FLOPS, run_cli
 from infra.settings import AboveZero, Positive, check_ranges, parse_flags
+from infra.sharding import BatchLayout, batch_layout, make_mesh, shard_model
 from model import ChunkedLoss, OLMo2
 from pretrain import make_optimizer, read_size, shape_of_flags
 from recipes import PretrainSettings, pretrain_recipe

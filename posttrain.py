@@ -34,14 +34,7 @@ from dpo import (
 )
 from eval import print_table, table_row
 from infra.checkpoint import find_weights
-from infra.distributed import (
-    best_device,
-    check_divides,
-    rank_and_world,
-    run_cli,
-    shard_size,
-    shutdown_distributed,
-)
+from infra.distributed import best_device, rank_and_world, run_cli, shutdown_distributed
 from infra.files import UserError, did_you_mean, write_json
 from infra.hub import is_hub_name
 from infra.metrics import Curve, Panel, plot_curves
@@ -57,6 +50,7 @@ from infra.settings import (
     silence_other_ranks,
     where_from,
 )
+from infra.sharding import check_divides, shard_size
 from likelihood import bits_per_byte_by_source, by_source
 from model import OLMo2
 from pretrain import read_size

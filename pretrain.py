@@ -57,14 +57,10 @@ from infra.checkpoint import (
 )
 from infra.distributed import (
     all_gather_objects,
-    all_reduce_when,
-    batch_layout,
-    inference,
     on_rank_zero,
     run_cli,
     run_on_all_ranks,
     self_check,
-    shard_model,
     shutdown_distributed,
 )
 from infra.files import UserError, sha256
@@ -78,6 +74,7 @@ from infra.settings import (
     silence_other_ranks,
     where_from,
 )
+from infra.sharding import all_reduce_when, batch_layout, inference, shard_model
 from likelihood import bits_per_byte_by_source, by_source, held_out_data
 from lists import implies_olmo2, lists_in
 from model import OLMo2, check_finite

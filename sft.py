@@ -35,13 +35,11 @@ from infra.checkpoint import Trained, check_unchanged, find_weights, load_tensor
 from infra.distributed import (
     all_sum,
     checksum,
-    inference,
     map_over_ranks,
     on_rank_zero,
     rank_and_world,
     run_on_all_ranks,
     self_check,
-    shard_model,
     weights_dtype,
 )
 from infra.files import UserError
@@ -59,6 +57,7 @@ from infra.settings import (
     Share,
     Temperature,
 )
+from infra.sharding import inference, shard_model
 from likelihood import length_sorted_batches, pad_rows
 from model import OLMo2, check_finite
 from pretrain import adamw, clip_gradients, set_lr, what_is_trained

@@ -1,7 +1,7 @@
-"""Many processes that act as one: ranks, errors, devices, sharding, a check that they agree.
+"""Many processes that act as one: ranks, errors, devices, a check that they agree.
 
-The engine is PyTorch's own: `torchrun` starts the ranks, FSDP2 shards the weights. Without torchrun
-there is one plain process, and every function here still works: rank 0 of a world of 1.
+`torchrun` starts the ranks. Without it there is one plain process, and every function here still
+works: rank 0 of a world of 1. How a model falls on the ranks is in sharding.py.
 """
 
 import contextlib
@@ -16,19 +16,12 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -451,145 +444,7 @@ def exit_if_peer_lost() -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------
-# Sharding: FSDP2 over `shard` ranks; more ranks than that hold replicas (HSDP)
-
-
-@dataclass(frozen=True)
-class BatchLayout:
-    """How a global batch falls on the ranks."""
-
-    shard: int  # ranks that share one copy of the weights
-    rows: int  # instances per rank and step
-    micro_batch: int  # of these, instances per forward and backward
-
-
-def batch_layout(batch: int, micro_batch: int, shard: int, world: int) -> BatchLayout:
-    """The layout of `batch` instances on `world` ranks. Raises UserError."""
-    micro_batch = min(micro_batch, max(1, batch // world))
-    ranks = f"{world} processes"
-    check_divides("--batch", batch, world, ranks)
-    times = f"{ranks} x " if world > 1 else ""
-    check_divides("--batch", batch, world * micro_batch, f"{times}--micro-batch {micro_batch}")
-    return BatchLayout(shard_size(shard, world), batch // world, micro_batch)
-
-
-def check_divides(flag: str, value: int, unit: int, parts: str) -> None:
-    """Raise UserError, with the nearest values, unless `unit` divides a flag's value."""
-    if value % unit == 0:
-        return
-    below = value // unit * unit
-    near = " or ".join(str(n) for n in (below, below + unit) if n)
-    raise UserError(
-        f"{flag} {value} = {value / unit:.2f} x {parts} does not divide: use {flag} {near}"
-    )
-
-
-def shard_size(shard: int, world: int) -> int:
-    """Ranks per copy of the weights, from --shard (0: all). Raises UserError."""
-    size = min(shard or world, world)
-    if world % size:
-        divisors = [n for n in range(1, world + 1) if world % n == 0]
-        below = max(n for n in divisors if n < size)
-        above = min(n for n in divisors if n > size)
-        raise UserError(
-            f"{world} processes = {world / size:.2f} x --shard {size} does not divide: "
-            f"use --shard {below} or {above}"
-        )
-    return size
-
-
-def make_mesh(shard: int, device: torch.device) -> DeviceMesh | None:
-    """None for one plain process; one dimension for FSDP; replicas x shards for HSDP."""
-    if not distributed.is_initialized():
-        return None
-    world = distributed.get_world_size()
-    size = shard_size(shard, world)
-    if size == world:
-        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
-    names = ("replicate", "shard")
-    return init_device_mesh(device.type, (world // size, size), mesh_dim_names=names)
-
-
-def shard_model(
-    model: nn.Module,
-    blocks: Sequence[nn.Module],
-    settings: RunSettings,
-    mesh: DeviceMesh | None,
-    bf16: bool,
-) -> None:
-    """Set up activation checkpointing, compilation and sharding, before there are weights.
-
-    blocks: the model's equal layers, which run again in the backward pass what their `recompute`
-    names. Each is a group of its own in FSDP; all the rest is one more
-    group. bf16: what a forward gathers and computes in; parameters, gradients and their sums over
-    ranks are fp32. The methods in `model.FORWARD_METHODS` gather the weights that they need, as a
-    forward does.
-    """
-    if bf16:
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    else:
-        policy = MixedPrecisionPolicy()
-    for i, block in enumerate(blocks):
-        if is_recomputed(i, settings.recompute):
-            block.recompute = settings.recompute_part
-        if settings.compile:
-            block.compile()
-        if mesh:
-            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=settings.reshard)
-    model.reshards = settings.reshard  # for `inference`, which restores it
-    if not mesh:
-        return
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    for module in fsdp_modules(model):
-        module.set_gradient_divide_factor(1.0)  # the loss is divided by the global count already
-        module.set_force_sum_reduction_for_comms(True)  # gloo has no other
-    for method in model.FORWARD_METHODS:
-        register_fsdp_forward_method(model, method)
-
-
-def is_recomputed(i: int, share: float) -> bool:
-    """Is block i in the evenly spread share that runs its forward again in the backward pass?
-
-    >>> [i for i in range(12) if is_recomputed(i, 0.25)]
-    [0, 4, 8]
-    """
-    return math.ceil((i + 1) * share - 1e-6) > math.ceil(i * share - 1e-6)
-
-
-def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
-    """The groups that FSDP gathers one at a time; none where the model is not sharded."""
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
-@contextlib.contextmanager
-def inference(model: nn.Module, gather: bool = False) -> Iterator[None]:
-    """Forwards without gradients, compiled for no shape. All ranks enter it together.
-
-    gather: every rank holds all weights meanwhile, in the computing dtype, at its own pace.
-    No backward pass follows that would free what FSDP has gathered, so it is freed here.
-    """
-    shards = fsdp_modules(model)
-    if gather:
-        for module in shards:
-            module.unshard()
-            module.set_reshard_after_forward(False, recurse=False)
-    # A forward without gradients needs nothing of this, and drawing tokens (cumsum) would raise.
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(False)
-    # Compiling for every other shape than the loop's would take longer than it saves.
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        yield
-    torch.use_deterministic_algorithms(deterministic)
-    for module in shards:
-        reshard = module is not model and model.reshards  # FSDP keeps the root's weights
-        module.set_reshard_after_forward(reshard, recurse=False)
-        module.reshard()
-
-
-def all_reduce_when(is_last: bool, model: nn.Module) -> None:
-    """Let replicas add up their gradients once a step, after its last micro-batch."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_all_reduce(is_last)
+# Do the ranks agree?
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, int]:
@@ -603,10 +458,6 @@ def local_part(tensor: Tensor) -> tuple[Tensor, int]:
         tensor.shape, tensor.device_mesh, tensor.placements
     )
     return tensor.to_local(), offset[0] * math.prod(tensor.shape[1:])
-
-
-# ------------------------------------------------------------------------------------------
-# Do the ranks agree?
 
 
 @torch.no_grad()

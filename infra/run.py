@@ -49,7 +49,6 @@ from infra.distributed import (
     be_deterministic,
     exit_if_peer_lost,
     init_process,
-    make_mesh,
     on_rank_zero,
     peak_flops,
     rank_and_world,
@@ -57,6 +56,7 @@ from infra.distributed import (
 from infra.files import UserError, lock_file, read_json, write_json
 from infra.metrics import MetricsFile, Progress, check_loggers, rows_of
 from infra.settings import RunSettings
+from infra.sharding import make_mesh
 
 PATIENCE = 60  # seconds until a shared disk must have seen what another node has written
 MOST_SKIPPED = 20  # so many skipped steps in a row end a run

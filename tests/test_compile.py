@@ -16,8 +16,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 import pretrain
-from infra.distributed import inference, shard_model
 from infra.settings import RunSettings
+from infra.sharding import inference, shard_model
 from model import SIZES, OLMo2
 
 PARTITION = "aot_eager_decomp_partition"

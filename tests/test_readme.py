@@ -34,6 +34,7 @@ STAGES = ["sft", "prefs", "rm", "dpo", "ppo", "grpo"]
 FLOORS = [
     ["infra.files"],
     ["infra.settings", "infra.distributed", "infra.hub", "infra.download"],
+    ["infra.sharding"],
     ["infra.checkpoint"],
     ["infra.kept"],
     ["infra.metrics"],
