@@ -240,12 +240,17 @@ class OLMo2(nn.Module):
         with torch.device("meta"):  # no memory, and none of torch's own initialisation
             self.model = Transformer(config)
             if config.head == "lm":
-                self.lm_head = nn.Linear(config.d_model, config.vocab, bias=False)
+                self.lm_head = Head(config.d_model, config.vocab)
             else:
-                self.score = nn.Linear(config.d_model, 1, bias=False)
+                self.score = Head(config.d_model, 1)
         if device.type != "meta":
             self.to_empty(device=device)
             self.init_weights(seed)
+
+    @property
+    def ends(self) -> tuple[nn.Module, nn.Module]:
+        """What is in front of the blocks and what is behind them, the two largest layers."""
+        return self.model.embed_tokens, self.lm_head if self.config.head == "lm" else self.score
 
     @torch.no_grad()
     def init_weights(self, seed: int, names: tuple[str, ...] = ()) -> None:
@@ -283,31 +288,23 @@ class OLMo2(nn.Module):
         nn/functional/cross_entropy_loss.py.
         """
         hidden = self.model(tokens).flatten(0, 1)  # [N, D]
-        ce_sum, z_sum = ChunkedLoss.apply(
-            hidden, self.lm_head.weight, targets.flatten(), z_loss, torch.is_grad_enabled()
-        )
+        ce_sum, z_sum = self.lm_head.loss(hidden, targets.flatten(), z_loss)
         return ce_sum, z_sum, (targets != -100).sum()
 
     def log_probs(self, tokens: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
         """log softmax(logits / temperature) of each target, fp32 [B, T]; 0 where it is -100.
 
         For objectives that need a value per token (DPO, PPO, GRPO). The head sees only the real
-        targets, a chunk at a time. With several chunks, the backward pass computes the logits of
-        each again instead of keeping them.
+        targets.
         """
         real = targets != -100
         hidden = self.model(tokens)[real]  # [n, D], n real targets
-        ids = targets[real]  # [n]
-        size = ChunkedLoss.rows(hidden.device, self.config.vocab)
-        work = functools.partial(target_log_probs, self.lm_head.weight, temperature)
-        if len(ids) > size and torch.is_grad_enabled():
-            work = functools.partial(run_again, work)
-        values = torch.cat(list(map(work, hidden.split(size), ids.split(size))))  # [n]
+        values = self.lm_head.log_probs(hidden, targets[real], temperature)  # [n]
         return torch.zeros_like(tokens, dtype=torch.float32).masked_scatter(real, values)
 
     def scores(self, tokens: Tensor) -> Tensor:
         """What the text up to each token is worth, fp32 [B, T], of a model with head=score."""
-        return (self.model(tokens).float() @ self.score.weight.float().T)[..., 0]
+        return self.score.scores(self.model(tokens))
 
     def generate(
         self,
@@ -419,7 +416,39 @@ def fill_truncated_normal(
 
 
 # ------------------------------------------------------------------------------------------
-# The loss
+# The head, and the loss
+
+
+class Head(nn.Linear):
+    """The output head: hidden states [..., D] -> logits [..., V], or what is made of logits.
+
+    That is a part of the head, as FSDP gathers a layer's weights for this layer's own methods.
+    """
+
+    FORWARD_METHODS = ("loss", "log_probs", "scores")
+
+    def __init__(self, width: int, columns: int):
+        super().__init__(width, columns, bias=False)
+
+    def loss(self, hidden: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+        """Sums of cross-entropy and z-loss of hidden [N, D], targets [N]: see `OLMo2.loss`."""
+        return ChunkedLoss.apply(hidden, self.weight, targets, z_loss, torch.is_grad_enabled())
+
+    def log_probs(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        """log softmax(logits / temperature) of each target, fp32 [N], a chunk of rows at a time.
+
+        With several chunks, the backward pass computes the logits of each again instead of
+        keeping them.
+        """
+        size = ChunkedLoss.rows(hidden.device, len(self.weight))
+        work = functools.partial(target_log_probs, self.weight, temperature)
+        if len(targets) > size and torch.is_grad_enabled():
+            work = functools.partial(run_again, work)
+        return torch.cat(list(map(work, hidden.split(size), targets.split(size))))
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """The logits of a head with one column, computed in fp32: [...]."""
+        return (hidden.float() @ self.weight.float().T)[..., 0]
 
 
 class ChunkedLoss(torch.autograd.Function):

@@ -93,31 +93,33 @@ def shard_model(
     """Set up activation checkpointing, compilation and sharding, before there are weights.
 
     blocks: the model's equal layers, which run again in the backward pass what their `recompute`
-    names. Each is a group of its own in FSDP; all the rest is one more
-    group. bf16: what a forward gathers and computes in; parameters, gradients and their sums over
-    ranks are fp32. The methods in `model.FORWARD_METHODS` gather the weights that they need, as a
-    forward does.
+    names. bf16: what a forward gathers and computes in; parameters, gradients and their sums over
+    ranks are fp32.
+
+    FSDP gathers a group of weights at a time, while the layer before it computes, and sums up a
+    group's gradients while the backward goes on. A group is a block, one of the two `model.ends`,
+    or all the rest. The methods in a module's FORWARD_METHODS gather its group, as a forward does.
     """
-    if bf16:
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    else:
-        policy = MixedPrecisionPolicy()
     for i, block in enumerate(blocks):
         if is_recomputed(i, settings.recompute):
             block.recompute = settings.recompute_part
         if settings.compile:
             block.compile()
-        if mesh:
-            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=settings.reshard)
-    model.reshards = settings.reshard  # for `inference`, which restores it
     if not mesh:
         return
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    for module in fsdp_modules(model):
+    policy = MixedPrecisionPolicy()
+    if bf16:
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    first, last = model.ends
+    for module in (first, *blocks, last, model):
+        # The last layer's backward follows at once. FSDP keeps what the whole model holds, too.
+        module.reshards = settings.reshard and module not in (last, model)
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=module.reshards)
         module.set_gradient_divide_factor(1.0)  # the loss is divided by the global count already
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other
-    for method in model.FORWARD_METHODS:
-        register_fsdp_forward_method(model, method)
+        for method in getattr(module, "FORWARD_METHODS", ()):
+            register_fsdp_forward_method(module, method)
+    first.set_unshard_in_backward(False)  # the gradient of an embedding takes none of its weights
 
 
 def is_recomputed(i: int, share: float) -> bool:
@@ -154,8 +156,7 @@ def inference(model: nn.Module, gather: bool = False) -> Iterator[None]:
         yield
     torch.use_deterministic_algorithms(deterministic)
     for module in shards:
-        reshard = module is not model and model.reshards  # FSDP keeps the root's weights
-        module.set_reshard_after_forward(reshard, recurse=False)
+        module.set_reshard_after_forward(module.reshards, recurse=False)
         module.reshard()
 
 

@@ -22,11 +22,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import torch._dynamo  # torch imports it at the first use of an optimizer: a second per rank
 import torch.distributed.tensor.parallel
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import infra.run
 import pretrain
 from infra import checkpoint, distributed
-from model import OLMo2
+from model import Head, OLMo2
 
 
 def launch(
@@ -122,6 +124,36 @@ def count_graphs(rank: int) -> None:
 
     torch.nn.Module.compile = lambda block: compile(block, backend=counter)
     pretrain.main = counted
+
+
+def show_collectives(rank: int) -> None:
+    """No fault: rank 0 prints what it gathers and reduces in a forward and backward, in order, as [kind, numbers]."""
+    seen = []
+
+    class Collectives(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if DTensor in types:
+                return NotImplemented
+            kind = {"c10d::_allgather_base_": "gather", "c10d::_reduce_scatter_base_": "reduce"}
+            name = kind.get(function._schema.name)
+            if name:
+                seen.append([name, max(tensor.numel() for tensor in args[:2])])
+            return function(*args, **(kwargs or {}))
+
+    mode, before, after = Collectives(), pretrain.all_reduce_when, pretrain.clip_gradients
+
+    def begin(*arguments):
+        before(*arguments)
+        mode.__enter__()
+
+    def end(*arguments):
+        mode.__exit__(None, None, None)
+        if rank == 0:
+            os.write(1, f"collectives {json.dumps(seen)}\n".encode())
+        seen.clear()
+        return after(*arguments)
+
+    pretrain.all_reduce_when, pretrain.clip_gradients = begin, end
 
 
 def uneven_rows(rank: int) -> None:
@@ -305,12 +337,12 @@ def terminated(rank: int) -> None:
 def nan_on_one_rank(rank: int) -> None:
     """At steps 4 and 6 the loss of rank 1 is computed with a weight that is NaN, or so large that the loss is infinite."""
     broken = {4: math.nan, 6: 3e38}
-    real, steps = OLMo2.loss, []
+    real, steps = Head.loss, []  # FSDP has gathered the head's weight here
     at_batch(rank, {1: lambda step: steps.append(step + 1)})
 
     def loss(self, *args):
         weight, bad = (
-            self.lm_head.weight.data,
+            self.weight.data,
             broken.get(steps[-1]) if steps and torch.is_grad_enabled() else None,
         )
         before = weight[5, 5].clone()
@@ -319,7 +351,7 @@ def nan_on_one_rank(rank: int) -> None:
         weight[5, 5] = before
         return values
 
-    OLMo2.loss = loss
+    Head.loss = loss
 
 
 def spike(rank: int) -> None:

@@ -75,6 +75,23 @@ def test_losses_and_initial_weights_are_those_of_one_process(here):
     )  # the bug that the test above must find
 
 
+@pytest.mark.parametrize("reshard", [True, False])
+def test_embedding_blocks_and_head_are_gathered_and_reduced_apart(here, reshard):
+    """So that a group travels while another one computes. The final norm is all the rest."""
+    flags = ["--layers", "2", "--micro-batch", "2", "--reshard" if reshard else "--no-reshard"]
+    log = ranks(2, f"runs/groups-{reshard}", 1, *flags, fault="show_collectives")
+    sizes = {name: p.numel() for name, p in OLMo2.load(f"runs/groups-{reshard}").named_parameters()}
+    block = sum(n for name, n in sizes.items() if name.startswith("model.layers.0."))
+    norm, embedding = sizes["model.norm.weight"], sizes["model.embed_tokens.weight"]
+    head = sizes["lm_head.weight"]
+    seen = json.loads(re.search("collectives (.*)", log)[1])
+    gathered = [n for kind, n in seen if kind == "gather"]
+    reduced = [n for kind, n in seen if kind == "reduce"]
+    # The backward gathers neither the head, which its forward has just had, nor the embedding.
+    assert gathered == [norm, embedding, block, block, head] + 2 * reshard * [block]
+    assert reduced[:3] == [head, block, block] and sorted(reduced[3:]) == [norm, embedding]
+
+
 def test_one_rank_is_one_process_bit_for_bit(finished_alone, here):
     ranks(1, "runs/alone")
     same_run(finished_alone, here / "runs/alone")
