@@ -151,7 +151,7 @@ def count_micro_step(
     # Before the mode: FSDP cuts each weight in as many views as there are ranks.
     mesh = make_mesh(c.shard, torch.device("cpu"))
     # Compilation does nothing here: see `compiled_bytes`.
-    shard_model(model, model.model.layers, replace(c, compile=False), mesh, bf16=True)
+    shard_model(model, model.model.layers, replace(c, compile="no"), mesh, bf16=True)
     with FakeTensorMode(allow_non_fake_inputs=True), OpCounter() as counter:
         model.to_empty(device="cpu")
         parameters = list(model.parameters())
@@ -199,6 +199,7 @@ class Plan:
 
         self.shape = shape
         self.c = c
+        self.compiled = c.compile != "no"  # a plan is for GPUs
         self.layout = batch_layout(c.batch, c.micro_batch, c.shard, c.gpus)
         # Whole periods of recomputation, from three blocks on: then all of FSDP's buffers are used.
         self.period = Fraction(c.recompute).limit_denominator(16).denominator
@@ -244,7 +245,7 @@ class Plan:
         largest = 0
         for i in range(1, math.isqrt(whole) + 1):
             for rows in (i, whole // i):  # the divisors, in pairs
-                if whole % rows == 0 and self.memory(rows, self.c.compile).total() <= usable:
+                if whole % rows == 0 and self.memory(rows, self.compiled).total() <= usable:
                     largest = max(largest, rows)
         return largest
 
@@ -318,7 +319,7 @@ def report_memory(plan: Plan) -> None:
     """Print what takes memory at the peak, and what fits."""
     c = plan.c
     rows = plan.layout.micro_batch
-    memory = plan.memory(rows, c.compile)
+    memory = plan.memory(rows, plan.compiled)
     peak = memory.total() / GIB
     eager = plan.memory(rows, compiled=False).total() / GIB
     warning = ": DOES NOT FIT" if peak > USABLE * c.gpu_memory else ""
@@ -336,7 +337,7 @@ def report_memory(plan: Plan) -> None:
     if not largest:
         flags = "--micro-batch 1 --recompute 1 --recompute-part block --reshard --shard 0"
         thrifty = parse_flags(c, flags.split(), __doc__)
-        least = Plan(plan.shape, thrifty).memory(1, c.compile).total() / GIB
+        least = Plan(plan.shape, thrifty).memory(1, plan.compiled).total() / GIB
         print(f"          {flags} takes {least:.1f} GiB")
 
 

@@ -204,18 +204,18 @@ PRETRAIN: dict[str, dict] = {
     # Released.
     "1B": dict(
         lr=4e-4, batch=512, micro_batch=4, tokens=1_907_359 * 512 * 4096,  # 4.0T
-        z_loss=1e-4, shard=8, reshard=False, compile=True, sample="The meaning of life is"),
+        z_loss=1e-4, shard=8, reshard=False, sample="The meaning of life is"),
     "7B": dict(
         lr=3e-4, batch=1024, micro_batch=2, tokens=928_646 * 1024 * 4096,  # 3.9T, one epoch
-        z_loss=1e-4, shard=256, recompute=0.25, compile=True, sample="The meaning of life is"),
+        z_loss=1e-4, shard=256, recompute=0.25, sample="The meaning of life is"),
     "13B": dict(
         lr=9e-4, batch=2048, micro_batch=2, tokens=596_057 * 2048 * 4096,  # 5.0T
-        z_loss=1e-4, shard=8, recompute=0.5, compile=True, sample="The meaning of life is"),
+        z_loss=1e-4, shard=8, recompute=0.5, sample="The meaning of life is"),
     "32B": dict(
         lr=6e-4, batch=2048, micro_batch=2, tokens=721_901 * 2048 * 4096,  # 6.1T
         warmup=2000 * 2048 * 4096, horizon=774_861 * 2048 * 4096,  # 2,000 steps; 6.5T
         seed=34_521, init_seed=12_536, first_epoch=1, chunk=2, skip_sigma=6.0,
-        mask_repeats=False, shard=256, recompute=1.0, recompute_part="mlp", compile=True,
+        mask_repeats=False, shard=256, recompute=1.0, recompute_part="mlp",
         sample="The meaning of life is"),
 }
 # fmt: on

@@ -335,6 +335,11 @@ def weights_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if half else torch.float32
 
 
+def is_compiled(setting: str, device: torch.device) -> bool:
+    """Does --compile ask for it? auto: on CUDA. A CPU would need a C++ compiler, and minutes."""
+    return setting == "yes" or (setting == "auto" and device.type == "cuda")
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes of a GPU's memory that can be had: what is free, and what torch keeps for later."""
     free, _ = torch.cuda.mem_get_info(device)

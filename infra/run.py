@@ -421,6 +421,8 @@ def settings_of_run(run: Path) -> dict:
     settings = {}
     for name, entry in read_record(run)["config"].items():
         value = entry["value"]
+        if name == "compile" and isinstance(value, bool):  # it could not be auto once
+            value = "yes" if value else "no"
         settings[name] = tuple(value) if isinstance(value, list) else value
     return settings
 

@@ -176,8 +176,8 @@ class RunSettings:
     device: str = "auto"
     # CPU threads (they change the last bits of sums); 0: torch's choice
     threads: Threads = 0
-    # torch.compile each block: a slow start, then faster steps
-    compile: bool = False
+    # torch.compile blocks and loss: a slow start, then faster steps; auto: on GPUs
+    compile: Literal["auto", "yes", "no"] = "auto"
     # processes that share one copy of the weights (FSDP), at most; others are replicas; 0: all
     # share
     shard: Count = 0

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
+from infra.distributed import is_compiled
 from infra.files import UserError
 from infra.settings import RunSettings
 
@@ -100,10 +101,12 @@ def shard_model(
     group's gradients while the backward goes on. A group is a block, one of the two `model.ends`,
     or all the rest. The methods in a module's FORWARD_METHODS gather its group, as a forward does.
     """
+    device = torch.device(mesh.device_type if mesh else "cpu")  # on CUDA there always is one
+    compiled = is_compiled(settings.compile, device)
     for i, block in enumerate(blocks):
         if is_recomputed(i, settings.recompute):
             block.recompute = settings.recompute_part
-        if settings.compile:
+        if compiled:
             block.compile()
     if not mesh:
         return

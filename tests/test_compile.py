@@ -16,9 +16,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 import pretrain
+from anneal import stage1_settings
+from infra.distributed import is_compiled
+from infra.files import read_json, write_json
 from infra.settings import RunSettings
 from infra.sharding import inference, shard_model
 from model import SIZES, OLMo2
+from sft import SFTSettings
 
 PARTITION = "aot_eager_decomp_partition"
 # (share of blocks, what of them runs again) -> kinds of blocks, so many graphs
@@ -37,9 +41,9 @@ def graphs(monkeypatch, request):
     torch._dynamo.reset()
 
 
-def prepared(share, part, compiled, layers=12):
+def prepared(share, part, compile, layers=12):
     model = OLMo2(dataclasses.replace(SIZES["tiny"], layers=layers))
-    settings = RunSettings(recompute=share, recompute_part=part, compile=compiled)
+    settings = RunSettings(recompute=share, recompute_part=part, compile=compile)
     shard_model(model, model.model.layers, settings, None, bf16=False)
     return model
 
@@ -56,7 +60,7 @@ def gradients(model, steps=2):
 
 @pytest.mark.parametrize("share, part", KINDS)
 def test_a_graph_for_each_kind_of_block(share, part, graphs):
-    model = prepared(share, part, compiled=True)
+    model = prepared(share, part, compile="yes")
     gradients(model)
     assert graphs.frame_count == KINDS[share, part] and not counters["graph_break"]
     with inference(model):  # an evaluation, of another shape
@@ -65,18 +69,29 @@ def test_a_graph_for_each_kind_of_block(share, part, graphs):
     assert graphs.frame_count == KINDS[share, part] and not counters["graph_break"]
 
 
+def test_auto_compiles_on_gpus_alone(graphs):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    settings = [RunSettings(), SFTSettings(), pretrain.default_settings("7B")]
+    assert all(c.compile == "auto" for c in settings)
+    assert is_compiled("auto", gpu) and not is_compiled("auto", cpu)
+    assert not is_compiled("auto", torch.device("mps"))
+    assert all(is_compiled("yes", d) and not is_compiled("no", d) for d in (cpu, gpu))
+    gradients(prepared(0, "block", compile="auto"), steps=1)
+    assert graphs.frame_count == 0
+
+
 @pytest.mark.parametrize("graphs", [PARTITION], indirect=True)
 @pytest.mark.parametrize("share, part", [(1, "mlp"), (0.25, "block")])
 def test_gradients_are_those_without_compilation(share, part, graphs):
-    compiled = gradients(prepared(share, part, compiled=True), steps=1)
+    compiled = gradients(prepared(share, part, compile="yes"), steps=1)
     assert graphs.frame_count == KINDS[share, part]
-    for name, gradient in gradients(prepared(share, part, compiled=False), steps=1).items():
+    for name, gradient in gradients(prepared(share, part, compile="no"), steps=1).items():
         torch.testing.assert_close(compiled[name], gradient, rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize("share, part", [(0, "block"), (1, "mlp")])
 def test_few_graphs_for_the_many_shapes_of_post_training(share, part, graphs):
-    model = prepared(share, part, compiled=True, layers=2)
+    model = prepared(share, part, compile="yes", layers=2)
 
     def once():
         for rows, width in ((4, 20), (3, 31), (8, 12), (1, 64), (2, 33), (1, 19)):
@@ -102,11 +117,21 @@ def test_a_run_and_its_ranks_compile_as_many(graphs, here):
     flags = [*FLAGS, "--recompute", "1", "--recompute-part", "mlp"]  # as the 32B
     pretrain.main([*flags, "--out", "runs/eager"])
     assert graphs.frame_count == 0
-    pretrain.main([*flags, "--compile", "--out", "runs/alone"])
+    pretrain.main([*flags, "--compile", "yes", "--out", "runs/alone"])
     assert graphs.frame_count == 1 and not counters["graph_break"]
-    statuses, text = launch(2, [*flags, "--compile", "--out", "runs/two"], "count_graphs")
+    statuses, text = launch(2, [*flags, "--compile", "yes", "--out", "runs/two"], "count_graphs")
     assert statuses == [0, 0], text
     assert text.count("graphs 1, breaks 0") == 2, text
     eager = losses("runs/eager")
     assert losses("runs/alone") == pytest.approx(eager, rel=1e-5)
     assert losses("runs/two") == pytest.approx(eager, rel=1e-5)
+
+
+@pytest.mark.parametrize("before, now", [(True, "yes"), (False, "no")])
+def test_a_run_from_before_auto_goes_on_and_is_annealed(before, now, run):
+    record = read_json(run / "run.json")
+    record["config"]["compile"]["value"] = before
+    write_json(run / "run.json", record)
+    assert stage1_settings(run, "tiny").compile == now
+    pretrain.main([*SHORT, "--tokens", "1152", "--out", str(run)])
+    assert len(losses(run)) == 9

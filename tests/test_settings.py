@@ -7,7 +7,7 @@ import math
 import pytest
 from tyro import _docstrings
 
-from infra import distributed, files, metrics, settings
+from infra import distributed, files, metrics, settings, sharding
 from infra.files import UserError
 from infra.settings import check_ranges, flag_value, parse_flags, where_from
 from plan import PlanSettings
@@ -17,7 +17,7 @@ from recipes import POSTTRAIN, PRETRAIN, AnnealSettings, PretrainSettings
 ALL = [PretrainSettings, AnnealSettings, PlanSettings, RecipeSettings, *STAGES.values()]
 
 
-@pytest.mark.parametrize("module", [files, settings, distributed, metrics])
+@pytest.mark.parametrize("module", [files, settings, distributed, sharding, metrics])
 def test_docstrings(module):
     assert doctest.testmod(module).failed == 0
 
