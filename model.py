@@ -21,6 +21,7 @@ V vocabulary, N = B * T.
 import functools
 import math
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -429,10 +430,16 @@ class Head(nn.Linear):
 
     def __init__(self, width: int, columns: int):
         super().__init__(width, columns, bias=False)
+        self.chunk_loss = chunk_loss
+
+    def compile(self) -> None:
+        """Compile what `loss` does with a chunk. All else is a product, and a forward as it is."""
+        self.chunk_loss = torch.compile(chunk_loss)
 
     def loss(self, hidden: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
         """Sums of cross-entropy and z-loss of hidden [N, D], targets [N]: see `OLMo2.loss`."""
-        return ChunkedLoss.apply(hidden, self.weight, targets, z_loss, torch.is_grad_enabled())
+        with_grad = torch.is_grad_enabled()
+        return ChunkedLoss.apply(hidden, self.weight, targets, z_loss, self.chunk_loss, with_grad)
 
     def log_probs(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
         """log softmax(logits / temperature) of each target, fp32 [N], a chunk of rows at a time.
@@ -466,15 +473,27 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def rows(device: torch.device, vocab: int) -> int:
-        """How many rows of V logits make a chunk."""
-        return max(64, ChunkedLoss.CHUNK[device.type] // vocab)
+        """How many rows of V logits make a chunk: where it can be, a multiple of a GPU's tiles.
+
+        >>> ChunkedLoss.rows(torch.device("cuda"), 100_352)
+        1280
+        """
+        rows = ChunkedLoss.CHUNK[device.type] // vocab
+        return rows // 128 * 128 or max(64, rows)
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, z_loss: float, with_grad: bool):
+    def forward(
+        ctx,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        z_loss: float,
+        chunk_loss: Callable,
+        with_grad: bool,
+    ):
         """hidden [N, D], head [V, D], targets [N] -> sums of cross-entropy and z-loss, fp32.
 
-        With log Z = logsumexp(logits): cross-entropy = log Z - logits[target], of gradient
-        softmax - onehot(target); z-loss = z_loss * (log Z)^2, of gradient 2 z_loss log Z softmax.
+        chunk_loss: the function of this name below, compiled or not.
         """
         weight = head.to(hidden.dtype)
         ce_sum, z_sum = hidden.new_zeros(2, dtype=torch.float32)
@@ -484,23 +503,12 @@ class ChunkedLoss(torch.autograd.Function):
         size = ChunkedLoss.rows(hidden.device, len(head))
         for i in range(0, len(hidden), size):
             h = hidden[i : i + size]  # [n, D]
-            target = targets[i : i + size, None]  # [n, 1]
-            valid = target != -100
-            target = target.clamp(min=0)
-            logits = (h @ weight.T).float()  # [n, V]
-            log_z = logits.logsumexp(dim=-1, keepdim=True)  # [n, 1]
-            ce_sum = ce_sum + ((log_z - logits.gather(1, target)) * valid).sum()
-            z_sum = z_sum + z_loss * (log_z.square() * valid).sum()
-            if with_grad:  # of both losses: (1 + 2 z_loss log Z) softmax - onehot, [n, V]
-                grad = logits.sub_(log_z).exp_()  # softmax, in the memory of the logits
-                grad *= (1 + 2 * z_loss * log_z) * valid
-                grad.scatter_add_(1, target, -valid.float())
-                grad = grad.to(h.dtype)
+            ce, z, grad = chunk_loss(h, weight, targets[i : i + size], z_loss, with_grad)
+            ce_sum = ce_sum + ce
+            z_sum = z_sum + z
+            if with_grad:
                 grad_hidden[i : i + size] = grad @ weight
-                if h.dtype == torch.float32:
-                    grad_head.addmm_(grad.T, h)
-                else:
-                    grad_head.add_(grad.T @ h)
+                add_product(grad_head, grad.T, h)
         ctx.z_loss = z_loss
         ctx.grads = (grad_hidden, grad_head.to(head.dtype)) if with_grad else None
         return ce_sum, z_sum
@@ -519,7 +527,40 @@ class ChunkedLoss(torch.autograd.Function):
                 )
         grad_hidden, grad_head = ctx.grads
         ctx.grads = None  # scaled in place below, so they serve once
-        return grad_hidden.mul_(grad_ce), grad_head.mul_(grad_ce), None, None, None
+        return grad_hidden.mul_(grad_ce), grad_head.mul_(grad_ce), None, None, None, None
+
+
+def chunk_loss(
+    h: Tensor, weight: Tensor, targets: Tensor, z_loss: float, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Sums of cross-entropy and z-loss of h [n, D], and the gradient [n, V] of both by the logits.
+
+    With log Z = logsumexp(logits): cross-entropy = log Z - logits[target], of gradient
+    softmax - onehot(target); z-loss = z_loss * (log Z)^2, of gradient 2 z_loss log Z softmax.
+    """
+    target = targets[:, None]  # [n, 1]
+    valid = target != -100
+    target = target.clamp(min=0)
+    logits = (h @ weight.T).float()  # [n, V]
+    log_z = logits.logsumexp(dim=-1, keepdim=True)  # [n, 1]
+    ce_sum = ((log_z - logits.gather(1, target)) * valid).sum()
+    z_sum = z_loss * (log_z.square() * valid).sum()
+    if not with_grad:
+        return ce_sum, z_sum, None
+    grad = logits.sub_(log_z).exp_()  # softmax, in the memory of the logits
+    grad *= (1 + 2 * z_loss * log_z) * valid
+    grad.scatter_add_(1, target, -valid.float())
+    return ce_sum, z_sum, grad.to(h.dtype)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to an fp32 total; NVIDIA's libraries do it in fp32, whatever a and b are in."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif total.device.type == "cuda" and torch.version.cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:  # the product is rounded before it is added
+        total.add_(a @ b)
 
 
 def target_log_probs(head: Tensor, temperature: float, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -342,10 +342,13 @@ def name_instances(data: TokenData, c: Config, step: int) -> str:
 def micro_batches(
     tokens: Tensor, targets: Tensor, size: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor, bool]]:
-    """(tokens [b, T], targets [b, T], is it the last) on the device, `size` rows at a time."""
-    parts = list(zip(tokens.split(size), targets.split(size)))
+    """(tokens [b, T], targets [b, T], is it the last) on the device, `size` rows at a time.
+
+    All rows go there at once: between two backwards a copy would wait for the first.
+    """
+    parts = torch.stack((tokens, targets)).to(device).split(size, dim=1)  # [2, b, T] each
     for i, (x, y) in enumerate(parts, 1):
-        yield x.to(device, non_blocking=True), y.to(device, non_blocking=True), i == len(parts)
+        yield x, y, i == len(parts)
 
 
 # ------------------------------------------------------------------------------------------

@@ -340,6 +340,15 @@ def is_compiled(setting: str, device: torch.device) -> bool:
     return setting == "yes" or (setting == "auto" and device.type == "cuda")
 
 
+def let_segments_grow() -> None:
+    """Let the GPU's allocator extend its segments: buffers of ever other sizes leave no holes.
+
+    PYTORCH_ALLOC_CONF, if it is set, says otherwise. torch reads it when it is imported.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes of a GPU's memory that can be had: what is free, and what torch keeps for later."""
     free, _ = torch.cuda.mem_get_info(device)
@@ -355,6 +364,7 @@ def claim_gpu(local_rank: int) -> torch.device:
             "--nproc-per-node"
         )
     device = torch.device("cuda", local_rank)
+    let_segments_grow()
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")
     return device

@@ -102,18 +102,18 @@ def shard_model(
     or all the rest. The methods in a module's FORWARD_METHODS gather its group, as a forward does.
     """
     device = torch.device(mesh.device_type if mesh else "cpu")  # on CUDA there always is one
-    compiled = is_compiled(settings.compile, device)
+    first, last = model.ends
     for i, block in enumerate(blocks):
         if is_recomputed(i, settings.recompute):
             block.recompute = settings.recompute_part
-        if compiled:
-            block.compile()
+    if is_compiled(settings.compile, device):
+        for module in (*blocks, last):
+            module.compile()
     if not mesh:
         return
     policy = MixedPrecisionPolicy()
     if bf16:
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    first, last = model.ends
     for module in (first, *blocks, last, model):
         # The last layer's backward follows at once. FSDP keeps what the whole model holds, too.
         module.reshards = settings.reshard and module not in (last, model)

@@ -6,6 +6,7 @@
 file that changes what a rank does before its main begins.
 """
 
+import functools
 import importlib
 import json
 import math
@@ -114,7 +115,7 @@ def count_graphs(rank: int) -> None:
     from torch._dynamo.utils import counters
 
     counter = CompileCounterWithBackend("eager")
-    compile, main = torch.nn.Module.compile, pretrain.main
+    main = pretrain.main
 
     def counted(arguments):
         main(arguments)
@@ -122,7 +123,7 @@ def count_graphs(rank: int) -> None:
             1, f"graphs {counter.frame_count}, breaks {len(counters['graph_break'])}\n".encode()
         )
 
-    torch.nn.Module.compile = lambda block: compile(block, backend=counter)
+    torch.compile = functools.partial(torch.compile, backend=counter)
     pretrain.main = counted
 
 

@@ -5,6 +5,7 @@ also differentiates and decides what is computed again, as the default one does.
 """
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -21,12 +22,13 @@ from infra.distributed import is_compiled
 from infra.files import read_json, write_json
 from infra.settings import RunSettings
 from infra.sharding import inference, shard_model
-from model import SIZES, OLMo2
+from model import SIZES, ChunkedLoss, Head, OLMo2
 from sft import SFTSettings
 
 PARTITION = "aot_eager_decomp_partition"
-# (share of blocks, what of them runs again) -> kinds of blocks, so many graphs
+# (share of blocks, what of them runs again) -> kinds of blocks, so many graphs, and one of the loss
 KINDS = {(0, "block"): 1, (1, "block"): 1, (1, "mlp"): 1, (0.25, "block"): 2, (0.25, "mlp"): 2}
+GRAPHS = {kind: blocks + 1 for kind, blocks in KINDS.items()}
 
 
 @pytest.fixture
@@ -35,8 +37,7 @@ def graphs(monkeypatch, request):
     torch._dynamo.reset()
     counters.clear()
     counter = CompileCounterWithBackend(getattr(request, "param", "eager"))
-    compile = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compile(block, backend=counter))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
     yield counter
     torch._dynamo.reset()
 
@@ -62,11 +63,11 @@ def gradients(model, steps=2):
 def test_a_graph_for_each_kind_of_block(share, part, graphs):
     model = prepared(share, part, compile="yes")
     gradients(model)
-    assert graphs.frame_count == KINDS[share, part] and not counters["graph_break"]
+    assert graphs.frame_count == GRAPHS[share, part] and not counters["graph_break"]
     with inference(model):  # an evaluation, of another shape
         model.loss(torch.zeros(3, 17, dtype=torch.long), torch.zeros(3, 17, dtype=torch.long))
     gradients(model)
-    assert graphs.frame_count == KINDS[share, part] and not counters["graph_break"]
+    assert graphs.frame_count == GRAPHS[share, part] and not counters["graph_break"]
 
 
 def test_auto_compiles_on_gpus_alone(graphs):
@@ -84,9 +85,31 @@ def test_auto_compiles_on_gpus_alone(graphs):
 @pytest.mark.parametrize("share, part", [(1, "mlp"), (0.25, "block")])
 def test_gradients_are_those_without_compilation(share, part, graphs):
     compiled = gradients(prepared(share, part, compile="yes"), steps=1)
-    assert graphs.frame_count == KINDS[share, part]
+    assert graphs.frame_count == GRAPHS[share, part]
     for name, gradient in gradients(prepared(share, part, compile="no"), steps=1).items():
         torch.testing.assert_close(compiled[name], gradient, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("graphs", [PARTITION], indirect=True)
+def test_the_loss_has_a_graph_for_whole_chunks_and_one_for_any_rest(graphs, monkeypatch):
+    head, hidden = Head(48, 1024), torch.randn(600, 48, requires_grad=True)
+    targets = torch.randint(0, 1024, (600,)).masked_fill(torch.rand(600) < 0.2, -100)
+    monkeypatch.setitem(ChunkedLoss.CHUNK, "cpu", 128 * 1024)
+
+    def results(rows):
+        ce, z = head.loss(hidden[:rows], targets[:rows], 1e-4)
+        return ce, z, *torch.autograd.grad(ce + z, [hidden, head.weight])
+
+    lengths = (256, 300, 511, 600)  # the second and the fourth have a rest of other lengths
+    eager = [results(rows) for rows in lengths]
+    assert graphs.frame_count == 0
+    head.compile()
+    for rows, expected in zip(lengths, eager):
+        torch.testing.assert_close(results(rows), expected, rtol=1e-5, atol=1e-6)
+    assert graphs.frame_count == 2 and not counters["graph_break"]
+    with inference(head):
+        head.loss(hidden[:77], targets[:77], 1e-4)
+    assert graphs.frame_count == 2
 
 
 @pytest.mark.parametrize("share, part", [(0, "block"), (1, "mlp")])
@@ -118,10 +141,10 @@ def test_a_run_and_its_ranks_compile_as_many(graphs, here):
     pretrain.main([*flags, "--out", "runs/eager"])
     assert graphs.frame_count == 0
     pretrain.main([*flags, "--compile", "yes", "--out", "runs/alone"])
-    assert graphs.frame_count == 1 and not counters["graph_break"]
+    assert graphs.frame_count == 2 and not counters["graph_break"]
     statuses, text = launch(2, [*flags, "--compile", "yes", "--out", "runs/two"], "count_graphs")
     assert statuses == [0, 0], text
-    assert text.count("graphs 1, breaks 0") == 2, text
+    assert text.count("graphs 2, breaks 0") == 2, text
     eager = losses("runs/eager")
     assert losses("runs/alone") == pytest.approx(eager, rel=1e-5)
     assert losses("runs/two") == pytest.approx(eager, rel=1e-5)

@@ -75,6 +75,22 @@ def test_losses_and_initial_weights_are_those_of_one_process(here):
     )  # the bug that the test above must find
 
 
+@pytest.mark.parametrize(
+    "said, used",
+    [({}, "expandable_segments:True"), ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, None)],
+)
+def test_segments_grow_unless_the_environment_says_something_else(said, used):
+    code = "import torch, infra.distributed as d; d.let_segments_grow(); print(torch._C._accelerator_getAllocatorSettings())"
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | said,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert out.stdout.strip() == (used or said["PYTORCH_ALLOC_CONF"]), out
+
+
 @pytest.mark.parametrize("reshard", [True, False])
 def test_embedding_blocks_and_head_are_gathered_and_reduced_apart(here, reshard):
     """So that a group travels while another one computes. The final norm is all the rest."""

@@ -15,7 +15,7 @@ from transformers import AutoConfig, Olmo2ForCausalLM
 
 import model as module
 from infra.files import UserError
-from model import SIZES, ChunkedLoss, ModelConfig, OLMo2
+from model import SIZES, ChunkedLoss, ModelConfig, OLMo2, add_product
 
 SMALL = ModelConfig(
     layers=2, d_model=64, heads=4, kv_heads=4, ffn=96, vocab=256, context=128, eos=254, pad=255
@@ -207,6 +207,27 @@ def test_full_logits_never_exist_and_no_product_is_made_twice(monkeypatch):
     assert all(
         difference(p.grad, q.grad) < 1e-5 for p, q in zip(network.parameters(), whole.parameters())
     )
+
+
+def test_products_are_added_in_fp32():
+    total = torch.full((8, 6), 0.125)
+    a, b = torch.randn(8, 4), torch.randn(4, 6)
+    exact = total.double() + a.double() @ b.double()
+    half = total.clone()
+    add_product(total, a, b)
+    add_product(half, a.bfloat16(), b.bfloat16())
+    assert total.dtype == half.dtype == torch.float32
+    assert difference(total, exact) < 1e-6 and difference(half, exact) < 0.02
+    # On GPUs by a kernel that a CPU lacks; here is what can be seen of it.
+    assert "dtype_out" in torch.ops.aten.addmm.overloads()
+
+
+@pytest.mark.parametrize(
+    "kind, vocab, rows",
+    [("cpu", 1024, 8192), ("cpu", 100_352, 83), ("cuda", 100_352, 1280), ("cuda", 2**22, 64)],
+)
+def test_rows_of_a_chunk_are_whole_tiles_where_they_can_be(kind, vocab, rows):
+    assert ChunkedLoss.rows(torch.device(kind), vocab) == rows
 
 
 def test_loss_accumulates_and_refuses_other_backwards():

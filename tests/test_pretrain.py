@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, fails
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
@@ -278,6 +279,28 @@ def test_accumulation_changes_nothing_but_the_last_bits(here, monkeypatch):
         for folder in (whole, parts)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=2e-6) and losses[0] != losses[1]
+
+
+def test_a_batch_goes_to_the_device_in_one_piece():
+    class Copies(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.made += function is torch.ops.aten._to_copy.default
+            return function(*args, **(kwargs or {}))
+
+    tokens, targets = torch.arange(40).view(10, 4), torch.arange(40, 80).view(10, 4)
+    with Copies() as copies:
+        there = list(module.micro_batches(tokens, targets, 4, torch.device("meta")))
+    assert copies.made == 1
+    assert [(x.shape[0], y.device.type, last) for x, y, last in there] == [
+        (4, "meta", False),
+        (4, "meta", False),
+        (2, "meta", True),
+    ]
+    here = list(module.micro_batches(tokens, targets, 4, torch.device("cpu")))
+    assert torch.equal(torch.cat([x for x, _, _ in here]), tokens)
+    assert torch.equal(torch.cat([y for _, y, _ in here]), targets)
 
 
 def test_filtered_instances_count_in_the_denominator(here, monkeypatch):
