@@ -238,7 +238,7 @@ def empty_cache(model: nn.Module, rows: int, capacity: int) -> Tensor:
     """Make a cache for `model.model(tokens, positions, cache)`, which fills it."""
     c = model.config
     shape = (c.layers, 2, rows, c.kv_heads, capacity, c.head_dim)
-    return model.lm_head.weight.new_zeros(shape)  # of its dtype, on its device
+    return model.lm_head.new_zeros(shape)  # of its dtype, on its device
 
 
 def cache_mask(positions: Tensor, seen: int) -> Tensor:

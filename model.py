@@ -426,7 +426,7 @@ class Head(nn.Linear):
     That is a part of the head, as FSDP gathers a layer's weights for this layer's own methods.
     """
 
-    FORWARD_METHODS = ("loss", "log_probs", "scores")
+    FORWARD_METHODS = ("loss", "log_probs", "scores", "new_zeros")
 
     def __init__(self, width: int, columns: int):
         super().__init__(width, columns, bias=False)
@@ -456,6 +456,10 @@ class Head(nn.Linear):
     def scores(self, hidden: Tensor) -> Tensor:
         """The logits of a head with one column, computed in fp32: [...]."""
         return (hidden.float() @ self.weight.float().T)[..., 0]
+
+    def new_zeros(self, shape: tuple[int, ...]) -> Tensor:
+        """Zeros on the device and in the dtype in which a forward computes, sharded or not."""
+        return self.weight.new_zeros(shape)
 
 
 class ChunkedLoss(torch.autograd.Function):

@@ -108,6 +108,17 @@ def test_embedding_blocks_and_head_are_gathered_and_reduced_apart(here, reshard)
     assert reduced[:3] == [head, block, block] and sorted(reduced[3:]) == [norm, embedding]
 
 
+@pytest.mark.parametrize("norm, fault", [("rms", "bf16"), ("layernorm", "")])
+def test_ranks_answer_with_sharded_weights(here, norm, fault):
+    """Answers need the head's dtype before its forward. Without weights of norms, the last group is empty."""
+    out = here / f"runs/answers-{norm}"
+    flags = [flag for flag in FLAGS if flag not in ("--data", "tokens/embedded-laptop")]
+    flags += ["--tokens", "128", "--questions", "4", "--norm", norm, "--out", out]
+    statuses, log = launch(2, flags, fault)
+    assert statuses == [0, 0], log
+    assert [row["questions"] for row in read_metrics(out) if row["event"] == "questions"] == [4]
+
+
 def test_one_rank_is_one_process_bit_for_bit(finished_alone, here):
     ranks(1, "runs/alone")
     same_run(finished_alone, here / "runs/alone")
