@@ -421,9 +421,9 @@ def fill_truncated_normal(
 
 
 class Head(nn.Linear):
-    """The output head: hidden states [..., D] -> logits [..., V], or what is made of logits.
+    """The output head: hidden states [..., D] -> logits [..., V], or what the losses take of them.
 
-    That is a part of the head, as FSDP gathers a layer's weights for this layer's own methods.
+    What needs the weight is a method here: FSDP gathers a layer's weights for its own methods.
     """
 
     FORWARD_METHODS = ("loss", "log_probs", "scores", "new_zeros")
@@ -433,7 +433,7 @@ class Head(nn.Linear):
         self.chunk_loss = chunk_loss
 
     def compile(self) -> None:
-        """Compile what `loss` does with a chunk. All else is a product, and a forward as it is."""
+        """Compile what `loss` does with a chunk; the rest is products, with nothing to fuse."""
         self.chunk_loss = torch.compile(chunk_loss)
 
     def loss(self, hidden: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
