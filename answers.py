@@ -36,6 +36,7 @@ from tasks.ifeval import verify_ifeval
 from tasks.mathematics import final_answer, verify_math
 from tasks.requests import Request, as_conversation
 
+SERVED_ROWS = 1024  # answers that servers are asked for at a time: so often the bar moves
 Done = Callable[[Sequence[int]], None]  # is told which requests of a part are done
 
 # ------------------------------------------------------------------------------------------
@@ -66,6 +67,8 @@ def complete(
     lengths = [len(prompt) for prompt in prompts]
     longest = max(lengths) + max_new_tokens
     rows = min(max(16, batch_tokens(model) // longest), rows_that_fit(model, longest))
+    if model.servers:
+        rows = SERVED_ROWS
     batches = length_sorted_batches(lengths, rows)
     texts = [""] * len(prompts)
     for batch in tqdm(batches, desc=name, leave=False, disable=True if done else None):
@@ -86,6 +89,31 @@ def complete_batch(
 ) -> list[str]:
     """`complete` for prompts that are continued together."""
     stops = tuple(filter(None, stops))
+    if model.servers:
+        made, _ = model.servers.generate(
+            prompts, max_new_tokens, 0.0, eos=tokenizer.eos, stops=stops
+        )
+        answers = []
+        for ids in made:
+            kept = [token for token in ids if token != tokenizer.eos]
+            answers.append(b"".join(map(tokenizer.token_bytes, kept)))
+    else:
+        answers = complete_here(model, tokenizer, prompts, max_new_tokens, stops)
+    texts = [answer.decode("utf-8", errors="replace") for answer in answers]
+    if stops:
+        first_stop = "|".join(map(re.escape, stops))
+        texts = [re.split(first_stop, text, maxsplit=1)[0] for text in texts]
+    return texts
+
+
+def complete_here(
+    model: OLMo2,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    stops: tuple[str, ...],
+) -> list[bytes]:
+    """The bytes of each continuation, up to EOS or the token that completes a stop string."""
     ends = [stop.encode() for stop in stops]
     answers = [bytearray() for _ in prompts]
 
@@ -99,11 +127,7 @@ def complete_batch(
         for row, token in zip(rows, tokens):
             if token != tokenizer.eos:
                 answers[row] += tokenizer.token_bytes(token)
-    texts = [answer.decode("utf-8", errors="replace") for answer in answers]
-    if stops:
-        first_stop = "|".join(map(re.escape, stops))
-        texts = [re.split(first_stop, text, maxsplit=1)[0] for text in texts]
-    return texts
+    return [bytes(answer) for answer in answers]
 
 
 # ------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
-from infra.distributed import free_memory
+from infra.distributed import all_gather_objects, free_memory
 from infra.files import UserError
 
 
@@ -53,6 +53,7 @@ def decode_steps(
     top_p: float = 1.0,
     eos: int | None = None,
     seed: int | list[int] = 0,
+    together: bool = False,
     ended: Callable[[int, int], bool] | None = None,
 ) -> Iterator[tuple[list[int], list[int], list[float]]]:
     """Yield after each step (rows, their new tokens, their log-probabilities), until all rows end.
@@ -68,24 +69,23 @@ def decode_steps(
     hidden, cache = read_prompts(model, prompts, capacity)  # hidden [B, D]
     rows = torch.arange(len(prompts))  # which prompt each row of the batch continues
     running = rows >= 0  # all of them
-    device = hidden.device
 
     for step in range(max_new_tokens):
         logits = model.lm_head(hidden).float() / (temperature or 1.0)
         log_probs = F.log_softmax(logits, dim=-1)  # [B, V]
-        new = sample_token(log_probs, draws[rows, step].to(device), temperature, top_k, top_p)
+        new = sample_token(log_probs, draws[rows, step], temperature, top_k, top_p)
         chosen = log_probs.gather(1, new[:, None])[:, 0].cpu()
         tokens = new.cpu()
         yield rows[running].tolist(), tokens[running].tolist(), chosen[running].tolist()
 
         running &= position < capacity
-        stop_ended_rows(running, rows, tokens, eos, ended)
-        if not running.any():
+        n_running = stop_ended_rows(running, rows, tokens, eos, ended)
+        if not (any(all_gather_objects(n_running)) if together else n_running):
             return
-        if 2 * running.sum() <= len(rows):  # half of the rows have ended: go on without them
-            cache = cache[:, :, running]
-            rows, tokens, position = (x[running] for x in (rows, tokens, position))
-            running = running[running]
+        if 0 < 2 * n_running <= len(rows):  # half of the rows have ended: go on without them
+            kept = running.nonzero()[:, 0]
+            cache = cache[:, :, kept]
+            rows, tokens, position, running = (x[kept] for x in (rows, tokens, position, running))
         slots = position.clamp(max=capacity - 1)  # an ended row writes over its last slot, unread
         hidden = read_tokens(model, tokens, slots, cache)
         position += 1
@@ -177,6 +177,7 @@ def sample_token(
     """
     if temperature == 0:
         return log_probs.argmax(dim=-1)
+    draw = draw.to(log_probs.device)
     if top_k == 0 and top_p == 1.0:
         return invert_cdf(log_probs.exp(), draw)[:, 0]
     probs, ids = log_probs.exp().sort(dim=-1, descending=True, stable=True)
@@ -201,13 +202,17 @@ def stop_ended_rows(
     tokens: Tensor,
     eos: int | None,
     ended: Callable[[int, int], bool] | None,
-) -> None:
-    """Clear running [B] where a row's new token is `eos`, or `ended(row, token)` says so."""
+) -> int:
+    """Clear running [B] where a row's new token is `eos`, or `ended(row, token)` says so.
+
+    Returns how many rows go on.
+    """
     if eos is not None:
         running &= tokens != eos
     if ended:
         for i in running.nonzero()[:, 0]:
             running[i] = not ended(rows[i].item(), tokens[i].item())
+    return int(running.sum())
 
 
 # ------------------------------------------------------------------------------------------
@@ -225,6 +230,15 @@ def cache_budget(device: torch.device) -> int:
     or while requests copy what they share.
     """
     return free_memory(device) // 3 if device.type == "cuda" else CACHE_BYTES[device.type]
+
+
+def whole_copy_fits(model: nn.Module, length: int) -> bool:
+    """Is there memory for all weights of a sharded model, and rows of `length` tokens?
+
+    Asked on GPUs alone: on a CPU what is sharded is small.
+    """
+    device = model.lm_head.weight.device
+    return device.type != "cuda" or free_memory(device) >= model.config.sampling_bytes(length)
 
 
 def rows_that_fit(model: nn.Module, length: int) -> int:

@@ -27,23 +27,25 @@ from infra.checkpoint import find_weights
 from infra.distributed import (
     all_gather_objects,
     checksum,
-    map_over_ranks,
     on_rank_zero,
     run_on_all_ranks,
 )
 from infra.files import UserError, json_lines, write_text
 from infra.run import Run
 from infra.settings import Length, NotNegative, Positive
+from infra.sharding import all_reduce_when
 from model import OLMo2
 from pretrain import set_lr, what_is_trained
+from rollouts import Completion, sampling_seed
 from sft import (
-    Completion,
     HeldOut,
     SamplingSettings,
     StageSettings,
     batch_indices,
     begin_stage,
+    connect_servers,
     count_tokens,
+    end_sampling,
     finish_stage,
     held_out_rows,
     instruct_tokenizer,
@@ -55,8 +57,6 @@ from sft import (
     record_columns,
     record_eval,
     sample_groups,
-    sampling_seed,
-    score_over_ranks,
     score_rows,
     take_step,
 )
@@ -193,6 +193,7 @@ def train_dpo(c: DPOSettings, run: Run) -> None:
     held_out = HeldOut(tokenizer, val, questions)
     steps = number_of_steps(c, len(pairs), c.batch, c.epochs)
     model = load_model(c, c.init, run, longest=c.max_length)
+    model.servers = connect_servers(c)
     optimizer = make_optimizer(model, c)
     score = functools.partial(dpo_scores, model, c.normalize)
     # [2, pairs]: now, a state may replace the weights
@@ -215,11 +216,12 @@ def train_dpo(c: DPOSettings, run: Run) -> None:
         set_lr(optimizer, lr)
 
         # 2. gradient, a micro-batch at a time
-        numbers = batch_indices(len(pairs), c.batch, step, c.seed)[run.rank :: run.world]
+        numbers = batch_indices(len(pairs), c.batch, step, c.seed)
         batch = [pairs[n] for n in numbers]
-        _, n_tokens = count_tokens(batch)  # of all ranks
-        for which, tokens, targets in micro_batches(batch, c.micro_batch, run.device):  # [2 b, T]
-            chosen, rejected = score(tokens, targets).chunk(2)  # [b] each
+        _, n_tokens = count_tokens(batch)
+        for which, *inputs, is_last in micro_batches(batch, c.micro_tokens, run.device):
+            all_reduce_when(is_last, model)
+            chosen, rejected = score(*inputs).chunk(2)  # [b] each, of [2 b, T]
             reference_scores = reference[:, numbers[which]].to(run.device)  # [2, b]
             loss, chosen_reward, rejected_reward = dpo_loss(
                 chosen, rejected, *reference_scores, c.beta
@@ -237,7 +239,7 @@ def train_dpo(c: DPOSettings, run: Run) -> None:
             run.save()
         if run.evaluation_due():
             evaluate()
-    finish_stage(run)
+    finish_stage(run, model)
 
 
 def dpo_scores(model: OLMo2, normalize: bool, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -276,11 +278,12 @@ def train_reward_model(c: RewardModelSettings, run: Run) -> None:
         set_lr(optimizer, lr)
 
         # 2. gradient, a micro-batch at a time
-        numbers = batch_indices(len(pairs), c.batch, step, c.seed)[run.rank :: run.world]
+        numbers = batch_indices(len(pairs), c.batch, step, c.seed)
         batch = [pairs[n] for n in numbers]
-        _, n_tokens = count_tokens(batch)  # of all ranks
-        for _, tokens, targets in micro_batches(batch, c.micro_batch, run.device):  # [2 b, T]
-            chosen, rejected = score(tokens, targets).chunk(2)  # [b] each
+        _, n_tokens = count_tokens(batch)
+        for _, *inputs, is_last in micro_batches(batch, c.micro_tokens, run.device):
+            all_reduce_when(is_last, model)
+            chosen, rejected = score(*inputs).chunk(2)  # [b] each, of [2 b, T]
             loss = reward_loss(chosen, rejected)
             (loss.sum() / c.batch).backward()
             add_pairs(run, loss, chosen, rejected, c.batch)
@@ -295,7 +298,7 @@ def train_reward_model(c: RewardModelSettings, run: Run) -> None:
             run.save()
         if run.evaluation_due():
             evaluate()
-    finish_stage(run)
+    finish_stage(run, model)
 
 
 def reward_scores(model: OLMo2, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -348,11 +351,8 @@ def read_whole_pairs(
 
 def score_pairs(model: OLMo2, pairs: Pairs, c: StageSettings, score) -> Tensor:
     """[2, pairs]: the scores of all chosen, then of all rejected ones; all ranks share the work."""
-
-    def score_part(part: Pairs) -> list[list[float]]:
-        return [row.tolist() for row in score_rows(model, part, c, score)]
-
-    return torch.tensor(map_over_ranks(pairs, score_part)).view(-1, 2).T
+    rows = score_rows(model, pairs, c, score)
+    return torch.stack(rows, dim=1) if rows else torch.empty(2, 0)
 
 
 def add_pairs(run: Run, loss: Tensor, chosen: Tensor, rejected: Tensor, batch: int) -> None:
@@ -404,16 +404,12 @@ def make_preference_pairs(c: PrefsSettings, run: Run) -> None:
     splits = read_splits(c, tokenizer)
     longest = c.prompt_length + c.response_length
     model = load_model(c, c.init, run, longest, frozen=True)
+    model.servers = connect_servers(c, longest)
     judge = load_judge(c, run, longest) if c.judge else None
     weights = [checksum(dict(m.named_parameters())) for m in (model, judge) if m]
     prompts = list(itertools.chain.from_iterable(splits.values()))
-    data = {
-        "stage": "prefs",
-        "hash": fingerprint(prompts),
-        "files": list(c.data),
-        "rows": len(splits["train"]),
-    }
-    run.enter(data, start="-".join(weights))
+    data = {"hash": fingerprint(prompts), "files": list(c.data), "rows": len(splits["train"])}
+    run.enter({"stage": "prefs", **data}, start="-".join(weights))
 
     parts = list_parts(run.folder, splits, c.prompts)
     merged = {split: run.folder / f"{split}.jsonl" for split in splits}
@@ -430,6 +426,7 @@ def make_preference_pairs(c: PrefsSettings, run: Run) -> None:
         run.all_sum()  # no sums, but news of signals
         run.log(0, skipped=False, pairs=len(rows) / len(part.prompts))
         on_rank_zero(part.write, rows)  # the last: what is there is not made again
+    end_sampling(model)
     run.exit_if_stopped()
     on_rank_zero(merge_parts, merged, parts)
     if not (run.folder / "train.jsonl").stat().st_size:
@@ -544,7 +541,7 @@ class PairMaker:
         for answer in completions:
             tokens, mask = answer.example.tokens, answer.example.loss_mask
             rows.append((Example(tokens[skip:], mask[skip:]),))
-        values = score_over_ranks(self.judge, rows, self.c, lambda x, _: self.judge.scores(x))
+        values = score_rows(self.judge, rows, self.c, lambda x, _: self.judge.scores(x))
         ends = [len(example.tokens) - 1 for (example,) in rows]
         return [value[0, end].item() for value, end in zip(values, ends)]
 

@@ -55,6 +55,7 @@ from likelihood import (
     sum_loss_and_bytes as sum_loss_and_bytes,
 )
 from model import OLMo2
+from servers import serve_model
 from shape import read_config
 from tasks.benchmarks import (
     BENCHMARKS,
@@ -87,7 +88,8 @@ def question_accuracy(model: OLMo2, tokenizer: Tokenizer, task: str, count: int 
     for start in tqdm(range(0, count, 250), desc=task, leave=False, disable=hide):
         asked = items[start : start + 250]
         prompts = [tokenizer.encode(item["prompt"]) for item in asked]
-        answers, _ = model.generate(prompts, 48, temperature=0, eos=tokenizer.eos)
+        writer = model.servers or model
+        answers, _ = writer.generate(prompts, 48, temperature=0, eos=tokenizer.eos)
         for item, answer in zip(asked, answers):
             text = tokenizer.decode(token for token in answer if token != tokenizer.eos)
             right += is_right(task, text, item["gold"])
@@ -166,6 +168,13 @@ class Config:
 
     # write the table here as well, with every selector and form
     json: str = ""
+
+    # vLLM servers that write the generated answers, as http://node1:8000, and load each model for
+    # it; log-likelihoods are computed here all the same; none: all of it is done here
+    rollouts: tuple[str, ...] = ()
+
+    # name of the model on the servers; none: the only one
+    rollouts_model: str = ""
 
 
 # ------------------------------------------------------------------------------------------
@@ -475,7 +484,7 @@ def check_writable(path: Path) -> None:
 
 
 # What is kept of a model is computed anew if one of these has changed.
-SOURCES = "eval answers likelihood decode model shape tokenizer data documents".split()
+SOURCES = "eval answers likelihood decode model servers shape tokenizer data documents".split()
 
 
 @functools.cache
@@ -510,14 +519,17 @@ class Scorer:
         total = round(models * sum(job.work for job in jobs))
         self.bar = tqdm(total=total, unit="tok", unit_scale=True, leave=False, disable=None)
         hashes = [hash_files(job.files) for job in jobs]
+        where = [str(self.dtype), device.type, bool(config.rollouts)]
         self.settings = [
-            [code_fingerprint(), files, job_label(job, config), str(self.dtype), device.type]
+            [code_fingerprint(), files, job_label(job, config), *where]
             for job, files in zip(jobs, hashes)
         ]
 
     def load(self, path: str, folder: tuple[int, int] | None) -> tuple[OLMo2, Tokenizer]:
         """The model in a folder. Raises UserError if a living run has replaced it meanwhile."""
         loaded = OLMo2.load(path, self.dtype, self.device), get_tokenizer(path)
+        if self.config.rollouts:
+            loaded[0].servers = serve_model(self.config.rollouts, path, self.config.rollouts_model)
         if folder_identity(path) != folder:
             raise UserError(f"{path} was replaced meanwhile: give the command again")
         return loaded

@@ -230,6 +230,9 @@ class Transformer(nn.Module):
 class OLMo2(nn.Module):
     """A transformer and its head: `model(tokens [B, T])` -> logits [B, T, V], fp32."""
 
+    # vLLM servers that sample in the place of this process, see servers.py; None: it does.
+    servers = None
+
     # Besides a forward, these gather sharded weights (FSDP).
     FORWARD_METHODS = ("loss", "log_probs", "scores", "generate")
 
@@ -316,6 +319,7 @@ class OLMo2(nn.Module):
         top_p: float = 1.0,
         eos: int | None = None,
         seed: int | list[int] = 0,
+        together: bool = False,
     ) -> tuple[list[list[int]], list[list[float]]]:
         """Continue each prompt (one token or more, of any lengths) with a key/value cache.
 
@@ -326,9 +330,12 @@ class OLMo2(nn.Module):
         Returns the new tokens, and the log-probability of each under
         softmax(logits / temperature) over the whole vocabulary (temperature 1 when greedy),
         before top_k and top_p: importance ratios need it so.
+        together: the weights are sharded, and all ranks call it with rows of their own. Then none
+        stops before the last one, whose forwards need its shards.
         Raises UserError for an empty prompt, or one that fills the context.
         """
-        return decode.generate(self, prompts, max_new_tokens, temperature, top_k, top_p, eos, seed)
+        sampling = (temperature, top_k, top_p, eos, seed, together)
+        return decode.generate(self, prompts, max_new_tokens, *sampling)
 
     def save(self, path: str | Path, shard_bytes: int = 5 * 10**9) -> None:
         """Write a Hugging Face directory in this model's dtype, without a tokenizer.

@@ -193,6 +193,8 @@ def check(c: StageSettings) -> None:
     shard_size(c.shard, world)
     if hasattr(c, "batch"):
         check_divides("--batch", c.batch, world, f"{world} processes")
+    if c.rollouts_folder and not c.rollouts:
+        raise UserError("--rollouts-folder is for servers that sample: name them with --rollouts")
     if isinstance(c, RolloutSettings):
         # A mini-batch holds whole groups. The processes need not divide its rows.
         check_divides("--prompts", c.prompts, c.minibatches, f"--minibatches {c.minibatches}")

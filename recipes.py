@@ -361,18 +361,15 @@ POSTTRAIN: dict[str, dict[str, dict]] = {
     "sft": {
         "tiny": dict(  # ours
             data=("embedded/instruct",), val=("embedded/instruct",), quiz=LAPTOP_QUIZ,
-            lr=2e-3, warmup=0.03, batch=16, micro_batch=16, epochs=1, max_length=128, replay=0.1,
+            lr=2e-3, warmup=0.03, batch=16, epochs=1, max_length=128, replay=0.1,
             response_length=48, eval_every=400, log_every=100),
         "1B": dict(lr=3e-5, batch=128, data=TULU_0225, warmup=0.03, drop=True),
         "7B": dict(
-            lr=2e-5, batch=128, data=TULU_1124, warmup=0.03, drop=True,
-            micro_batch=1, recompute=1.0),
+            lr=2e-5, batch=128, data=TULU_1124, warmup=0.03, drop=True, recompute=1.0),
         "13B": dict(
-            lr=5e-6, batch=128, data=TULU_1124, warmup=0.03, drop=True,
-            micro_batch=1, recompute=1.0),
+            lr=5e-6, batch=128, data=TULU_1124, warmup=0.03, drop=True, recompute=1.0),
         "32B": dict(
-            lr=4e-6, batch=256, data=TULU_0225, warmup=0.03, drop=True, bos=False,
-            micro_batch=1, recompute=1.0),
+            lr=4e-6, batch=256, data=TULU_0225, warmup=0.03, drop=True, bos=False, recompute=1.0),
     },
     "prefs": {
         "tiny": dict(  # ours
@@ -385,37 +382,36 @@ POSTTRAIN: dict[str, dict[str, dict]] = {
     },
     "rm": {
         "tiny": dict(  # ours
-            lr=5e-4, batch=32, micro_batch=16, prompt_length=80, questions=400),
-        "7B": dict(lr=3e-6, eps=1e-5, data=PAIRS_7B, drop=True, micro_batch=1, recompute=1.0),
-        "13B": dict(lr=3e-6, eps=1e-5, data=PAIRS_13B, drop=True, micro_batch=1, recompute=1.0),
+            lr=5e-4, batch=32, prompt_length=80, questions=400),
+        "7B": dict(lr=3e-6, eps=1e-5, data=PAIRS_7B, drop=True, recompute=1.0),
+        "13B": dict(lr=3e-6, eps=1e-5, data=PAIRS_13B, drop=True, recompute=1.0),
     },
     "dpo": {
         "tiny": dict(  # ours
-            lr=2e-4, warmup=0.1, batch=32, micro_batch=16, max_length=128, quiz=LAPTOP_QUIZ,
+            lr=2e-4, warmup=0.1, batch=32, max_length=128, quiz=LAPTOP_QUIZ,
             response_length=48, questions=400),
         "1B": dict(lr=2.5e-6, seed=111, data=PAIRS_1B, warmup=0.1, drop=True),
         "7B": dict(
-            lr=1e-6, data=PAIRS_7B, warmup=0.1, drop=True, micro_batch=1, recompute=1.0),
+            lr=1e-6, data=PAIRS_7B, warmup=0.1, drop=True, recompute=1.0),
         "13B": dict(
-            lr=8e-7, seed=8, data=PAIRS_13B, warmup=0.1, drop=True, micro_batch=1, recompute=1.0),
+            lr=8e-7, seed=8, data=PAIRS_13B, warmup=0.1, drop=True, recompute=1.0),
         "32B": dict(
-            lr=2e-6, data=PAIRS_32B, warmup=0.1, drop=True, micro_batch=1, recompute=1.0),
+            lr=2e-6, data=PAIRS_32B, warmup=0.1, drop=True, recompute=1.0),
     },
     "ppo": {
         "tiny": dict(  # ours
             data=LAPTOP_QUIZ, quiz=LAPTOP_QUIZ, prompts=128, prompt_length=80, response_length=48,
-            steps=30, lr=3e-4, value_lr=2e-3, micro_batch=16, eval_every=20),
+            steps=30, lr=3e-4, value_lr=2e-3, eval_every=20),
         "7B": dict(  # 100,000 episodes
-            lr=4e-7, prompts=224, steps=446, data=RLVR_MIX, save_every=20, keep=0,
-            micro_batch=1, recompute=1.0),
+            lr=4e-7, prompts=224, steps=446, data=RLVR_MIX, save_every=20, keep=0, recompute=1.0),
         "13B": dict(  # 200,000 episodes
             lr=3e-7, prompts=248, steps=806, beta=0.1, data=RLVR_MIX, save_every=20, keep=0,
-            micro_batch=1, recompute=1.0),
+            recompute=1.0),
     },
     "grpo": {
         "tiny": dict(  # ours
             data=LAPTOP_QUIZ, quiz=LAPTOP_QUIZ, prompts=16, samples=8, prompt_length=80,
-            response_length=48, steps=40, lr=3e-4, micro_batch=16, eval_every=20),
+            response_length=48, steps=40, lr=3e-4, eval_every=20),
         # 2,000,000 episodes. Its micro-batches were of one answer, so that a token counts by the
         # length of its answer.
         "1B": dict(
@@ -423,7 +419,7 @@ POSTTRAIN: dict[str, dict[str, dict]] = {
             denominator="sequence", save_every=20, keep=0),
         "32B": dict(  # of 10M episodes planned, step 320 was released
             lr=5e-7, schedule="constant", prompts=112, steps=320, data=RLVR_MIX,
-            save_every=20, keep=0, micro_batch=1, recompute=1.0),
+            save_every=20, keep=0, recompute=1.0),
     },
 }
 # fmt: on

@@ -13,6 +13,7 @@ Shapes: B rows (answers), T tokens. Position t of a row holds what belongs to to
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,18 +24,21 @@ from torch import Tensor
 
 from dpo import last_target_index
 from infra.checkpoint import Trained, state_tensors
-from infra.distributed import run_on_all_ranks
+from infra.distributed import rank_and_world, run_on_all_ranks
+from infra.files import UserError
 from infra.run import Run
 from infra.settings import AboveZero, NotNegative, Number, Positive, Share, TwoOrMore
+from infra.sharding import all_reduce_when
 from likelihood import pad_rows
 from model import OLMo2
 from pretrain import set_lr, what_is_trained
+from rollouts import Completion
 from sft import (
-    Completion,
     HeldOut,
     SamplingSettings,
     batch_indices,
     begin_stage,
+    connect_servers,
     finish_stage,
     held_out_rows,
     instruct_tokenizer,
@@ -45,7 +49,7 @@ from sft import (
     number_of_steps,
     record_eval,
     sample_groups,
-    score_over_ranks,
+    score_rows,
     take_step,
 )
 from tasks.conversations import Example, Prompt, Source, read_prompts
@@ -303,6 +307,7 @@ def train_grpo(c: GRPOSettings, run: Run) -> None:
     steps = number_of_steps(c, len(prompts), c.prompts)
     longest = c.prompt_length + c.response_length
     model = load_model(c, c.init, run, longest)
+    model.servers = connect_servers(c, longest)
     reference = load_model(c, c.init, run, longest, frozen=True)
     optimizer = make_optimizer(model, c)
     begin_stage(c, run, what_is_trained(model, optimizer, tokenizer), prompts, c.prompts, steps)
@@ -324,7 +329,9 @@ def train_grpo(c: GRPOSettings, run: Run) -> None:
         norms = []
         for part in rollouts.parts * c.passes:
             n_tokens = rollouts.count_tokens(part)
-            for rows, tokens, targets in rollouts.micro_batches(part, c.micro_batch, run):
+            for rows, *inputs, is_last in rollouts.micro_batches(part, c.micro_tokens, run.device):
+                all_reduce_when(is_last, model)
+                tokens, targets = inputs  # [b, T]
                 mask = (targets != -100).float()  # [b, T]
                 loss, clipped, kl = grpo_loss(
                     new=model.log_probs(tokens, targets, c.temperature),
@@ -347,7 +354,7 @@ def train_grpo(c: GRPOSettings, run: Run) -> None:
             run.save()
         if run.evaluation_due():
             record_eval(c, run, model, held_out, {})
-    finish_stage(run)
+    finish_stage(run, model)
 
 
 # ------------------------------------------------------------------------------------------
@@ -363,6 +370,7 @@ def train_ppo(c: PPOSettings, run: Run) -> None:
     steps = number_of_steps(c, len(prompts), c.prompts)
     longest = c.prompt_length + c.response_length
     model = load_model(c, c.init, run, longest)
+    model.servers = connect_servers(c, longest)
     reference = load_model(c, c.init, run, longest, frozen=True)
     value = load_model(c, c.value, run, longest, head="score")
     optimizer = make_optimizer(model, c)
@@ -377,7 +385,7 @@ def train_ppo(c: PPOSettings, run: Run) -> None:
         # 1. sample and verify; what the reference and the value model think of the answers
         rollouts = sample_rollouts(model, tokenizer, prompts, c, step)
         ref_logprobs = score_log_probs(reference, rollouts.examples, c)
-        old_values = score_over_ranks(value, rollouts.examples, c, lambda x, _: value.scores(x))
+        old_values = score_rows(value, rollouts.examples, c, lambda x, _: value.scores(x))
 
         # 2. advantages of tokens
         estimates = estimate_advantages(rollouts, ref_logprobs, old_values, c)
@@ -390,7 +398,10 @@ def train_ppo(c: PPOSettings, run: Run) -> None:
             set_lr(optimizer, lr)
             set_lr(value_optimizer, lr * (c.value_lr or c.lr) / c.lr)
             n_tokens = rollouts.count_tokens(part)
-            for rows, tokens, targets in rollouts.micro_batches(part, c.micro_batch, run):
+            for rows, *inputs, is_last in rollouts.micro_batches(part, c.micro_tokens, run.device):
+                all_reduce_when(is_last, model)
+                all_reduce_when(is_last, value)
+                tokens, targets = inputs  # [b, T]
                 mask = (targets != -100).float()  # [b, T]
                 policy, squares, clipped = ppo_losses(
                     new=model.log_probs(tokens, targets, c.temperature),
@@ -416,7 +427,7 @@ def train_ppo(c: PPOSettings, run: Run) -> None:
             run.save()
         if run.evaluation_due():
             record_eval(c, run, model, held_out, {})
-    finish_stage(run)
+    finish_stage(run, model)
 
 
 def with_value_model(trained: Trained, value: OLMo2, optimizer: torch.optim.Optimizer) -> Trained:
@@ -477,20 +488,20 @@ class Rollouts:
         """Targets in the rows of a mini-batch."""
         return sum(self.examples[n][0].n_targets for n in part)
 
-    def micro_batches(self, part: range, size: int, run: Run):
-        """(rows, tokens [b, T], targets [b, T]) of this rank's share: see sft.micro_batches.
+    def micro_batches(
+        self, part: range, budget: int, device: torch.device
+    ) -> Iterator[tuple[list[int], Tensor, Tensor, bool]]:
+        """(rows, tokens [b, T], targets [b, T], is it the last) of this rank's share of a part.
 
-        Under FSDP all ranks must run the same number of forwards and backwards. Where the ranks do
-        not divide the rows, some have one row less. They get NO_TARGETS under another row's number,
-        whose values its mask of 0 hides.
+        See sft.micro_batches. Where the ranks do not divide the rows, some get NO_TARGETS beside
+        theirs, under another row's number, whose values its mask of 0 hides.
         """
-        rows = [*part[run.rank :: run.world]]
-        examples = [self.examples[n] for n in rows]
-        if len(rows) * run.world < len(part):
-            rows.append(part[0])
-            examples.append(NO_TARGETS)
-        for which, tokens, targets in micro_batches(examples, size, run.device):
-            yield [rows[n] for n in which], tokens, targets
+        _, world = rank_and_world()
+        missing = -len(part) % world
+        numbers = [*part] + [part[0]] * missing
+        examples = [self.examples[n] for n in part] + [NO_TARGETS] * missing
+        for which, *batch in micro_batches(examples, budget, device):
+            yield [numbers[n] for n in which], *batch
 
 
 def read_rlvr_prompts(c: RolloutSettings, source: Source, tokenizer: Tokenizer) -> list[Prompt]:
@@ -505,14 +516,16 @@ def sample_rollouts(
 
     The old log-probabilities are, in fp32, those of sampling itself. In bf16 (CUDA) a forward with
     a cache rounds otherwise than one without, by more than the clip may bear, so the trainer's own
-    forward computes them.
+    forward computes them. What servers say is compared with it, too.
     """
     numbers = batch_indices(len(prompts), c.prompts, step, c.seed)
     completions = sample_groups(model, tokenizer, [prompts[n] for n in numbers], c, step)
     examples = [(answer.example,) for answer in completions]
-    old_logprobs = [answer.log_probs for answer in completions]
-    if model.lm_head.weight.device.type == "cuda":
-        old_logprobs = score_log_probs(model, examples, c)
+    sampled = [answer.log_probs for answer in completions]
+    on_cuda = model.lm_head.weight.device.type == "cuda"
+    trainers = score_log_probs(model, examples, c) if on_cuda or model.servers else sampled
+    gap = check_log_probs(sampled, trainers)
+    old_logprobs = trainers if on_cuda else sampled
     # Their scores are those of the rows' verifiers, VERIFIERS in tasks/conversations.py.
     rewards = torch.tensor(
         [c.reward * answer.score if answer.ended else c.no_eos for answer in completions]
@@ -520,7 +533,33 @@ def sample_rollouts(
     size = len(completions) // c.minibatches
     parts = [range(i, i + size) for i in range(0, len(completions), size)]
     stats = rollout_stats(completions, rewards, c.samples)
+    if model.servers:
+        stats["logprob_gap"] = gap
     return Rollouts(parts, examples, rewards, old_logprobs, stats)
+
+
+# Mean difference of log-probabilities between two ways to compute them, in nats a token. Kernels
+# that round in bf16 differ by hundredths; other weights, or another temperature, by more.
+MOST_GAP = 0.2
+
+
+def check_log_probs(sampled: list[Tensor], trainers: list[Tensor]) -> float:
+    """The mean difference between the sampler's log-probabilities and the trainer's own.
+
+    Raises UserError where it is so large that they cannot be of the same model.
+    """
+    total, n_targets = 0.0, 0
+    for ours, theirs in zip(sampled, trainers):  # [T], and [1, T] with padding
+        total += (ours - theirs.flatten()[: len(ours)]).abs().sum().item()
+        n_targets += int(ours.count_nonzero())
+    gap = total / max(1, n_targets)
+    if not gap <= MOST_GAP:
+        raise UserError(
+            f"the sampler's log-probabilities are {gap:.3g} nats a token from the trainer's: it "
+            "has other weights, or is no vLLM with --logprobs-mode processed_logprobs",
+            everywhere=True,
+        )
+    return gap
 
 
 def rollout_stats(completions: list[Completion], rewards: Tensor, samples: int) -> dict[str, float]:
@@ -537,7 +576,7 @@ def rollout_stats(completions: list[Completion], rewards: Tensor, samples: int) 
 
 def score_log_probs(model: OLMo2, rows: list[tuple[Example]], c: RolloutSettings) -> list[Tensor]:
     """Log-probabilities [1, T] of each row's targets, at the temperature of sampling."""
-    return score_over_ranks(model, rows, c, lambda x, y: model.log_probs(x, y, c.temperature))
+    return score_rows(model, rows, c, lambda x, y: model.log_probs(x, y, c.temperature))
 
 
 def pad_like(mask: Tensor, values: list[Tensor] | Tensor, rows: list[int] | None = None) -> Tensor:

@@ -12,6 +12,7 @@ says; --chat yes and --chat no overrule it.
 
 import codecs
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +31,7 @@ from infra.settings import (
     check_ranges,
 )
 from model import OLMo2
+from servers import Servers, serve_model
 
 
 @dataclass(frozen=True)
@@ -71,27 +73,37 @@ class Config:
     # CPU threads; 0: torch's choice
     threads: Threads = 0
 
+    # vLLM servers that sample, as http://node1:8000, and load the model for it; none: this process
+    rollouts: tuple[str, ...] = ()
+
+    # name of the model on the servers; none: the only one
+    rollouts_model: str = ""
+
+
+def new_tokens(
+    model: OLMo2 | Servers, prompt: list[int], config: Config, eos: int
+) -> Iterator[int]:
+    """What follows the prompt, token by token; of servers, when all of it is there."""
+    top = (config.top_k, config.top_p)
+    settings = (config.max_new_tokens, config.temperature, *top, eos, config.seed)
+    if isinstance(model, Servers):
+        (tokens,), _ = model.generate([prompt], *settings)
+        yield from tokens
+        return
+    for _, (token,), _ in decode_steps(model, [prompt], *settings):
+        yield token
+
 
 def continue_ids(
-    model: OLMo2, tokenizer: Tokenizer, prompt: list[int], config: Config, echo: str = ""
+    model: OLMo2 | Servers, tokenizer: Tokenizer, prompt: list[int], config: Config, echo: str = ""
 ) -> str:
     """Print `echo` and what follows the prompt, token by token, and return what follows.
 
     A character of several tokens appears when its last one is there.
     """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    steps = decode_steps(
-        model,
-        [prompt],
-        config.max_new_tokens,
-        config.temperature,
-        config.top_k,
-        config.top_p,
-        tokenizer.eos,
-        config.seed,
-    )
     made = []
-    for _, (token,), _ in steps:
+    for token in new_tokens(model, prompt, config, tokenizer.eos):
         print(echo, end="")  # not earlier: the model may refuse the prompt
         echo = ""
         if token != tokenizer.eos:
@@ -102,14 +114,15 @@ def continue_ids(
 
 
 def answer(
-    model: OLMo2, tokenizer: Tokenizer, messages: list[dict[str, str]], config: Config
+    model: OLMo2 | Servers, tokenizer: Tokenizer, messages: list[dict[str, str]], config: Config
 ) -> None:
     """Print the assistant's next turn, and add it to `messages`.
 
     Where the model's context has no room for all turns, the oldest question and its answer are
     removed; the system's turn and the last question always stay.
     """
-    room = model.config.context - min(config.max_new_tokens, model.config.context // 2)
+    context = model.context if isinstance(model, Servers) else model.config.context
+    room = context - min(config.max_new_tokens, context // 2)
     first = int(messages[0]["role"] == "system")
     while True:
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
@@ -134,7 +147,10 @@ def main(arguments: list[str] | None = None) -> None:
     check_ranges(config)
     set_threads(config.threads)
     device = best_device(config.device)
-    model = OLMo2.load(config.model, weights_dtype(config.dtype, device), device)
+    if config.rollouts:
+        model = serve_model(config.rollouts, config.model, config.rollouts_model)
+    else:
+        model = OLMo2.load(config.model, weights_dtype(config.dtype, device), device)
     tokenizer = get_tokenizer(config.model)
     chat = config.chat == "yes"
     if config.chat == "auto":

@@ -7,8 +7,7 @@
 What this stage teaches: a base model continues text. Trained on conversations, with the loss on the
 assistant's words alone, it answers, in the manner of the answers it is shown, good or bad.
 
-Shared with dpo.py and rlvr.py: settings, loading a model, completions and their scores, the
-optimizer step.
+Shared with dpo.py and rlvr.py: settings, loading a model, micro-batches, the optimizer step.
 
 Shapes: a row has k conversations (1 for SFT, 2 for pairs); b rows in a micro-batch, T tokens.
 Position t of a row of targets holds token t + 1, as in `OLMo2.loss`.
@@ -16,27 +15,28 @@ Position t of a row of targets holds token t + 1, as in `OLMo2.loss`.
 
 import copy
 import functools
+import hashlib
 import itertools
 import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from data import TokenData, get_tokenizer, mix_files, mix_sources
-from decode import rows_that_fit
 from infra.checkpoint import Trained, check_unchanged, find_weights, load_tensors
 from infra.distributed import (
-    all_sum,
+    all_gather_objects,
     checksum,
     map_over_ranks,
     on_rank_zero,
+    patient_group,
     rank_and_world,
     run_on_all_ranks,
     self_check,
@@ -54,14 +54,24 @@ from infra.settings import (
     Positive,
     Rate,
     RunSettings,
+    Seconds,
     Share,
     Temperature,
 )
-from infra.sharding import inference, shard_model
-from likelihood import length_sorted_batches, pad_rows
+from infra.sharding import all_reduce_when, inference, shard_model
+from likelihood import pad_rows
 from model import OLMo2, check_finite
 from pretrain import adamw, clip_gradients, set_lr, what_is_trained
 from recipes import LAPTOP_MIX
+from rollouts import (
+    Completion,
+    Sampling,
+    generate_completions,
+    sampling_seed,
+    score_completions,
+    write_answers,
+)
+from servers import Servers
 from shape import ModelConfig, read_config
 from tasks.conversations import (
     Example,
@@ -105,6 +115,16 @@ class StageSettings(RunSettings):
     response_length: Positive = 2048
     # held-out rows of each file that take part
     questions: Positive = 200
+    # vLLM servers that sample, as http://node1:8000; none: this process samples (servers.py)
+    rollouts: tuple[str, ...] = ()
+    # folder for the weights on their way to the servers, which must see it; none: the run's
+    rollouts_folder: str = ""
+    # name of the model on the servers; none: the only one
+    rollouts_model: str = ""
+    # seconds until a server that does not answer counts as gone
+    rollouts_timeout: Seconds = 1800
+    # tokens per forward and backward of a process, padding included; a longer row goes alone
+    micro_tokens: Positive = 8192
 
     # peak learning rate
     lr: Rate = 1e-6
@@ -187,6 +207,7 @@ def train_sft(c: SFTSettings, run: Run) -> None:
     )
     steps = number_of_steps(c, len(rows), c.batch, c.epochs)
     model = load_model(c, c.init, run, longest=c.max_length)
+    model.servers = connect_servers(c)
     optimizer = make_optimizer(model, c)
     begin_stage(c, run, what_is_trained(model, optimizer, tokenizer), rows, c.batch, steps)
     if run.evaluation_owed(steps):
@@ -199,10 +220,11 @@ def train_sft(c: SFTSettings, run: Run) -> None:
 
         # 2. gradient, a micro-batch at a time
         numbers = batch_indices(len(rows), c.batch, step, c.seed)
-        batch = [rows[n] for n in numbers[run.rank :: run.world]]
-        n_targets, n_tokens = count_tokens(batch)  # of all ranks
-        for _, tokens, targets in micro_batches(batch, c.micro_batch, run.device):  # [b, T]
-            ce_sum, _, _ = model.loss(tokens, targets, z_loss=0.0)
+        batch = [rows[n] for n in numbers]
+        n_targets, n_tokens = count_tokens(batch)
+        for _, tokens, targets, is_last in micro_batches(batch, c.micro_tokens, run.device):
+            all_reduce_when(is_last, model)
+            ce_sum, _, _ = model.loss(tokens, targets, z_loss=0.0)  # of [b, T]
             loss = ce_sum / n_targets
             loss.backward()
             run.add(loss=loss)
@@ -217,7 +239,7 @@ def train_sft(c: SFTSettings, run: Run) -> None:
             run.save()
         if run.evaluation_due():
             evaluate_sft(c, run, model, held_out)
-    finish_stage(run)
+    finish_stage(run, model)
 
 
 def read_sft_rows(c: SFTSettings, tokenizer: Tokenizer) -> list[tuple[Example]]:
@@ -250,12 +272,9 @@ def evaluate_sft(c: SFTSettings, run: Run, model: OLMo2, held_out: "HeldOut") ->
     """Record the held-out loss per token, and answers to held-out prompts."""
     columns = {}
     if held_out.rows:
-
-        def nats(rows: list) -> list[float]:
-            return [-row.sum().item() for row in score_rows(model, rows, c, model.log_probs)]
-
-        n_targets = sum(example.n_targets for (example,) in held_out.rows)
-        columns["loss"] = sum(map_over_ranks(held_out.rows, nats)) / n_targets
+        log_probs = score_rows(model, held_out.rows, c, model.log_probs)
+        n_targets, _ = count_tokens(held_out.rows)
+        columns["loss"] = -sum(row.sum().item() for row in log_probs) / n_targets
     record_eval(c, run, model, held_out, columns)
 
 
@@ -350,6 +369,22 @@ def check_shape(path: str, config: ModelConfig, longest: int, head: str) -> None
         )
 
 
+def connect_servers(c: StageSettings, longest: int = 0) -> Servers | None:
+    """The servers of --rollouts, when all of them answer; None without any. All ranks call it.
+
+    longest: tokens of a row that they must take. Raises UserError.
+    """
+    if not c.rollouts:
+        return None
+    out = Path(c.out).resolve()
+    # Its name is the run's own, as it is removed at the end with all that is in it.
+    run_id = hashlib.sha256(bytes(out)).hexdigest()[:8]
+    folder = Path(c.rollouts_folder or out).resolve() / f"policy-{run_id}"
+    servers = Servers(c.rollouts, folder, c.rollouts_model, c.rollouts_timeout)
+    print(f"rollouts  {run_on_all_ranks(servers.check, longest)}; weights by {folder}", flush=True)
+    return servers
+
+
 def number_of_steps(c: StageSettings, rows: int, per_step: int, epochs: int = 1) -> int:
     """Steps of a stage: --share of --steps, or of `epochs` times through the data."""
     if rows < per_step:
@@ -400,19 +435,45 @@ def batch_indices(rows: int, batch: int, step: int, seed: int) -> np.ndarray:
 
 
 def micro_batches(
-    rows: list[tuple[Example, ...]], size: int, device: torch.device
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """(which rows, tokens [k b, T], targets [k b, T]), neighbours in length together.
+    rows: list[tuple[Example, ...]], budget: int, device: torch.device
+) -> Iterator[tuple[list[int], Tensor, Tensor, bool]]:
+    """(which rows, tokens [k b, T], targets [k b, T], is it the last) of this rank's share.
 
-    The first conversations of all b rows come first, then all second ones.
+    rows: those of all ranks, which divide them. The first conversations of all b rows come first,
+    then all second ones; k b T is at most `budget`, or there is one row.
     """
-    lengths = [max(len(example.tokens) for example in row) for row in rows]
-    for which in length_sorted_batches(lengths, size):
+    rank, world = rank_and_world()
+    lengths = []
+    for row in rows:
+        longest = max(len(example.tokens) for example in row)
+        lengths.append(padded_width(longest, device))
+    rounds = deal_rows(lengths, budget // max(map(len, rows), default=1), world)
+    for i, all_rows in enumerate(rounds, 1):
+        which = all_rows[rank::world]
         examples = list(itertools.chain(*zip(*[rows[n] for n in which])))
         width = padded_width(max(len(example.tokens) for example in examples), device)
         tokens = pad_rows([example.tokens for example in examples], width=width)
         targets = pad_rows([example.targets for example in examples], value=-100, width=width)
-        yield which, tokens.long().to(device), targets.long().to(device)
+        yield which, tokens.long().to(device), targets.long().to(device), i == len(rounds)
+
+
+def deal_rows(lengths: list[int], budget: int, world: int) -> list[list[int]]:
+    """Rows in rounds, of which each rank takes every world-th one: equally many on all ranks.
+
+    A rank's part of a round has at most `budget` tokens with its padding, or one row. Neighbours in
+    length share a round, so there is little padding, and no rank waits long for another. The
+    longest come first: what does not fit into memory, shows at once.
+
+    >>> deal_rows([5, 1, 4, 1, 2, 3], budget=6, world=2)
+    [[0, 2], [5, 4, 1, 3]]
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    rounds = []
+    while order:
+        each = min(max(1, budget // lengths[order[0]]), len(order) // world)
+        rounds.append(order[: each * world])
+        order = order[each * world :]
+    return rounds
 
 
 def padded_width(longest: int, device: torch.device) -> int:
@@ -427,11 +488,13 @@ def padded_width(longest: int, device: torch.device) -> int:
     return math.ceil(longest / step) * step
 
 
-def count_tokens(rows: list[tuple[Example, ...]]) -> list[float]:
-    """[targets, tokens] in the rows of all ranks."""
-    examples = itertools.chain(*rows)
-    counts = [(example.n_targets, len(example.tokens)) for example in examples]
-    return all_sum(torch.tensor(counts, dtype=torch.float64).sum(0)).tolist()
+def count_tokens(rows: list[tuple[Example, ...]]) -> tuple[int, int]:
+    """(targets, tokens) in rows."""
+    targets, tokens = 0, 0
+    for example in itertools.chain(*rows):
+        targets += example.n_targets
+        tokens += len(example.tokens)
+    return targets, tokens
 
 
 # ------------------------------------------------------------------------------------------
@@ -474,70 +537,6 @@ def take_step(model: OLMo2, optimizer: torch.optim.Optimizer, clip: float) -> fl
 # What a model says and thinks, without gradients
 
 
-@dataclass(frozen=True)
-class Completion:
-    """An answer that a model has written."""
-
-    example: Example  # the prompt with its answer, which is what counts
-    log_probs: Tensor  # of the targets, as they were sampled [T], 0 elsewhere
-    text: str  # without EOS
-    ended: bool  # by EOS, in time
-    score: float  # the verifier's, from 0 (wrong) to 1 (right)
-
-    @property
-    def length(self) -> int:
-        """Tokens of the answer."""
-        return int(self.example.loss_mask.sum())
-
-
-def generate_completions(
-    model: OLMo2,
-    tokenizer: Tokenizer,
-    prompts: list[Prompt],
-    seeds: list[int],
-    temperature: float,
-    max_new_tokens: int,
-    name: str = "",
-) -> list[Completion]:
-    """An answer to each prompt, verified. All ranks share the work, and all get all answers.
-
-    Row i draws from seeds[i] alone, whatever its company and wherever it is sampled. Sharded
-    weights are gathered once for all of it: they must fit beside everything else.
-    name: of the progress bar; none: no bar.
-    """
-    work = functools.partial(complete_rows, model, tokenizer, temperature, max_new_tokens, name)
-    return map_over_ranks(list(zip(prompts, seeds)), work)
-
-
-def complete_rows(
-    model: OLMo2,
-    tokenizer: Tokenizer,
-    temperature: float,
-    max_new_tokens: int,
-    name: str,
-    rows: list[tuple[Prompt, int]],
-) -> list[Completion]:
-    """This rank's part of `generate_completions`: rows of a prompt and a seed."""
-    made: list[Completion] = [None] * len(rows)
-    lengths = [len(prompt.tokens) for prompt, _ in rows]
-    batches = length_sorted_batches(
-        lengths, rows_that_fit(model, max(lengths, default=0) + max_new_tokens)
-    )
-    hide = not name or rank_and_world()[0] > 0 or None
-    with inference(model, gather=True):
-        for which in tqdm(batches, name, leave=False, disable=hide):
-            ids, log_probs = model.generate(
-                [rows[n][0].tokens for n in which],
-                max_new_tokens,
-                temperature,
-                eos=tokenizer.eos,
-                seed=[rows[n][1] for n in which],
-            )
-            for n, *written in zip(which, ids, log_probs):
-                made[n] = complete_prompt(rows[n][0], *written, tokenizer)
-    return made
-
-
 def sample_groups(
     model: OLMo2, tokenizer: Tokenizer, prompts: list[Prompt], c: SamplingSettings, step: int
 ) -> list[Completion]:
@@ -557,81 +556,30 @@ def sample_groups(
     )
 
 
-def sampling_seed(seed: int, step: int, row: int) -> int:
-    """The seed of an answer: of the run, the step and the answer's place in it, on any rank."""
-    return (seed * 2**32 + step) * 2**32 + row
-
-
-def complete_prompt(
-    prompt: Prompt, ids: list[int], log_probs: list[float], tokenizer: Tokenizer
-) -> Completion:
-    """A verified completion, of what a model has written."""
-    n_prompt = len(prompt.tokens)
-    tokens = np.array(prompt.tokens + ids, np.int32)
-    ended = ids[-1] == tokenizer.eos
-    text = tokenizer.decode(ids[:-1] if ended else ids)
-    return Completion(
-        example=Example(tokens, np.arange(len(tokens)) >= n_prompt),
-        log_probs=F.pad(torch.tensor(log_probs), (n_prompt - 1, 1)),
-        text=text,
-        ended=ended,
-        score=prompt.score(text.strip()),
-    )
-
-
 def score_rows(
     model: OLMo2,
     rows: list[tuple[Example, ...]],
     c: StageSettings,
     score: Callable[[Tensor, Tensor], Tensor],
 ) -> list[Tensor]:
-    """Per row of k conversations, `score(tokens, targets)` [k b, ...]: [k, ...], on the CPU."""
-    found: list = [None] * len(rows)
-    size = 4 * c.micro_batch
-    batches = micro_batches(rows, size, next(model.parameters()).device)
-    total = math.ceil(len(rows) / size)
+    """Per row of k conversations, `score(tokens, targets)` [k b, ...]: [k, ...], on the CPU.
+
+    All ranks have all rows, share the work, and get all scores.
+    """
+    _, world = rank_and_world()
+    filled = rows + rows[:1] * (-len(rows) % world)
+    batches = micro_batches(filled, 4 * c.micro_tokens, next(model.parameters()).device)
     hide = len(rows) < 5000 or rank_and_world()[0] > 0 or None
-    with inference(model):
-        for which, tokens, targets in tqdm(batches, "scoring", total, leave=False, disable=hide):
+    found = {}
+    with inference(model), tqdm(total=len(rows), desc="scoring", leave=False, disable=hide) as bar:
+        for which, tokens, targets, _ in batches:
             scores = score(tokens, targets).cpu()
             for i, n in enumerate(which):
                 found[n] = scores[i :: len(which)].clone()  # a view would be sent with its batch
-    return found
-
-
-def score_over_ranks(
-    model: OLMo2,
-    rows: list[tuple[Example, ...]],
-    c: StageSettings,
-    score: Callable[[Tensor, Tensor], Tensor],
-) -> list[Tensor]:
-    """`score_rows` of rows that all ranks have: they share the work, and all get all scores."""
-    return map_over_ranks(rows, functools.partial(score_rows, model, c=c, score=score))
-
-
-def score_completions(
-    model: OLMo2, tokenizer: Tokenizer, questions: list[Prompt], max_new_tokens: int
-) -> dict[str, float]:
-    """Scores of greedy answers to held-out prompts; {} without prompts. All ranks share the work.
-
-    <source> %: right. exact %: right word for word, where that is known. format %: ends, and looks
-    like an answer in a conversation. length: mean, in tokens.
-    """
-    if not questions:
-        return {}
-    seeds = [0] * len(questions)
-    completions = generate_completions(
-        model, tokenizer, questions, seeds, 0.0, max_new_tokens, "held-out prompts"
-    )
-    # All sources at once, so that `exact` comes after them.
-    hits: dict[str, list[float]] = {f"{question.source} %": [] for question in questions}
-    for question, completion in zip(questions, completions):
-        hits[f"{question.source} %"].append(completion.score)
-        if question.exact:
-            hits.setdefault("exact %", []).append(completion.text.strip() == question.exact)
-    hits["format %"] = [made.ended and "<|" not in made.text for made in completions]
-    columns = {name: 100 * float(np.mean(values)) for name, values in hits.items()}
-    return columns | {"length": float(np.mean([made.length for made in completions]))}
+            bar.update(len(which) * world)
+    for part in all_gather_objects(found, patient_group()):
+        found |= part
+    return [found[n] for n in range(len(rows))]
 
 
 # ------------------------------------------------------------------------------------------
@@ -661,16 +609,23 @@ def record_eval(
         return
     prompt = random.Random(c.seed).choice(held_out.prompts)
     longest = min(c.response_length, model.config.context - len(prompt))
-    with inference(model, gather=True):
-        (ids,), _ = model.generate([prompt], longest, eos=tokenizer.eos, seed=c.seed)
+    how = Sampling(1.0, longest, tokenizer.eos)
+    ((ids, _),) = map_over_ranks([(prompt, c.seed)], functools.partial(write_answers, model, how))
     asked = tokenizer.decode(prompt)
     answer = tokenizer.decode(ids)
     run.record("sample", prompt=asked, text=answer)
     print(f"          sample: {asked[-200:]!r} -> {answer!r}", flush=True)
 
 
-def finish_stage(run: Run) -> None:
+def end_sampling(model: OLMo2) -> None:
+    """Remove what servers were given."""
+    if model.servers:
+        model.servers.close()
+
+
+def finish_stage(run: Run, model: OLMo2) -> None:
     """Draw the curves, end the process if it was stopped, and say where the results are."""
+    end_sampling(model)
     on_rank_zero(plot_run, run.folder)
     run.exit_if_stopped()
     run.renew_weights()

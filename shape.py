@@ -83,6 +83,13 @@ class ModelConfig:
         """Memory of the keys and values of one sequence of so many tokens."""
         return 2 * self.layers * self.kv_heads * self.head_dim * tokens * bytes_per_value
 
+    def sampling_bytes(self, length: int) -> int:
+        """Memory that sampling with all weights takes at least: in bf16, and one row of `length`.
+
+        Three times its keys and values: these may take a third of what is free.
+        """
+        return 2 * self.parameters["total"] + 3 * self.cache_bytes(length, 2)
+
     def flops_per_token(self, seq_len: int) -> int:
         """Training FLOPs per token: 6 * (N - embed) + 12 * layers * D * seq_len, N parameters.
 

@@ -173,11 +173,13 @@ def map_over_ranks(rows: list, work: Callable[[list], list]) -> list:
     """`work(rows)` with the rows shared out over the ranks; all ranks get all results, in order.
 
     Every rank gets equally many rows, since under FSDP all must run the same number of forwards.
+    If one raises UserError, all do.
     """
     rank, world = rank_and_world()
     filled = rows + rows[:1] * (-len(rows) % world)
     # They may take very different times, as answers do that a model writes.
-    parts = all_gather_objects(work(filled[rank::world]), patient_group())
+    group = patient_group()
+    parts = all_gather_objects(run_on_all_ranks(work, filled[rank::world], group=group), group)
     return [parts[i % world][i // world] for i in range(len(rows))]
 
 

@@ -154,8 +154,6 @@ class RunSettings:
     size: str = "tiny"
     # the run's folder
     out: str = ""
-    # rows per forward and backward of a process, at most; fewer take less memory
-    micro_batch: Positive = 2
     # largest global L2 norm of the gradient
     clip: AboveZero = 1.0
 
@@ -195,11 +193,12 @@ class RunSettings:
     timeout: Seconds = 600
 
     # What may differ when a run goes on. Data must still be the same (their hash is compared).
-    # Those of the second line change the last bits of the numbers.
+    # Those from `device` on may change the last bits of the numbers.
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
         "data val out save_every keep eval_every questions log_every wandb tensorboard "
         "async_save timeout deterministic "
-        "device threads compile micro_batch shard reshard recompute recompute_part".split()
+        "device threads compile micro_batch micro_tokens shard reshard recompute "
+        "recompute_part rollouts rollouts_folder rollouts_model rollouts_timeout".split()
     )
 
 

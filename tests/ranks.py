@@ -196,6 +196,7 @@ def recorded_rollouts(rank: int) -> None:
     """posttrain.py gets the same answers at any world size, whatever a last bit does to sampling."""
     import numpy as np
 
+    import rollouts
     import sft
     from tasks.conversations import Example
 
@@ -213,7 +214,7 @@ def recorded_rollouts(rank: int) -> None:
                 )
             )
             made.append(
-                sft.Completion(
+                rollouts.Completion(
                     Example(np.array(prompt.tokens + ids), np.arange(T) >= n),
                     log_probs,
                     tokenizer.decode(ids[:-1]),
@@ -223,14 +224,14 @@ def recorded_rollouts(rank: int) -> None:
             )
         return made
 
-    sft.generate_completions = answers
+    sft.generate_completions = rollouts.generate_completions = answers
 
 
 def kept_rollouts(rank: int) -> None:
     """posttrain.py writes kept-<rank>.jsonl: the seeds of the rows that this rank samples, the rollouts that it knows, and the
     mean advantage of each row that it trains on."""
     import rlvr
-    import sft
+    import rollouts
 
     def keep(**values) -> None:
         with open(f"kept-{rank}.jsonl", "a") as file:
@@ -246,7 +247,7 @@ def kept_rollouts(rank: int) -> None:
 
         setattr(module, name, work)
 
-    def rollouts(arguments, named, result) -> dict:
+    def kept(arguments, named, result) -> dict:
         return {
             "tokens": [example.tokens.tolist() for (example,) in result.examples],
             "rewards": result.rewards.tolist(),
@@ -259,8 +260,8 @@ def kept_rollouts(rank: int) -> None:
         means = values.sum(1) / mask.sum(1)
         return {"advantages": means[mask.sum(1) > 0].tolist()}
 
-    keep_calls(sft, "complete_rows", lambda a, *_: {"seeds": [seed for _, seed in a[-1]]})
-    keep_calls(rlvr, "sample_rollouts", rollouts)
+    keep_calls(rollouts, "complete_rows", lambda a, *_: {"seeds": [seed for _, seed in a[-1]]})
+    keep_calls(rlvr, "sample_rollouts", kept)
     keep_calls(rlvr, "grpo_loss", advantages)
     keep_calls(rlvr, "ppo_losses", advantages)
 
@@ -388,6 +389,25 @@ def slow_answers(rank: int) -> None:
         return whole(self, *arguments, **named)
 
     OLMo2.generate = generate
+
+
+def no_room(rank: int) -> None:
+    """No GPU holds all weights."""
+    importlib.import_module("rollouts").whole_copy_fits = lambda *_: False
+
+
+def keep_policy(rank: int) -> None:
+    """All ranks write the policy as servers get it, to kept/ in the run, before the first step."""
+    rlvr, servers = importlib.import_module("rlvr"), importlib.import_module("servers")
+    load_model = rlvr.load_model
+
+    def load(c, path, run, longest, **more):
+        model = load_model(c, path, run, longest, **more)
+        if not more:
+            servers.write_policy(Path(c.out) / "kept", model)
+        return model
+
+    rlvr.load_model = load
 
 
 def full_disk(rank: int) -> None:

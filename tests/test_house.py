@@ -22,8 +22,8 @@ MOST_NODES = 50  # in any of them
 # never heard of a transformer, and tasks/ has never seen a model.
 FLOORS = """infra.__init__ infra.files infra.settings infra.distributed infra.sharding infra.hub
 infra.download infra.checkpoint infra.kept infra.metrics infra.run tokenizer tasks decode shape
-model documents tokenfiles lists data recipes likelihood released answers sample eval pretrain
-soup anneal sft dpo rlvr posttrain plan compare""".split()
+model documents tokenfiles lists data recipes likelihood released servers answers sample eval
+pretrain soup anneal rollouts sft dpo rlvr posttrain plan compare""".split()
 
 # Kinds of nodes, by their names in https://docs.python.org/3/library/ast.html
 SIMPLE = "Assign AugAssign AnnAssign Return Expr Raise Assert Delete".split()

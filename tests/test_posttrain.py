@@ -48,7 +48,8 @@ from rlvr import (
     sample_rollouts,
     token_weights,
 )
-from sft import Completion, SFTSettings, generate_completions, micro_batches
+from rollouts import Completion, generate_completions
+from sft import SFTSettings, micro_batches
 from tasks import conversations
 from tasks.conversations import (
     VERIFIERS,
@@ -320,8 +321,9 @@ def test_dpo_equals_trl(trl_pair, tmp_path, normalize, loss_type, beta):
         model.log_probs(tokens, targets), (targets != -100).float(), c.normalize
     ).chunk(2)
     model.zero_grad()
-    for _, tokens, targets in micro_batches(
-        [tuple(flat[i : i + 2]) for i in (0, 2, 4)], 2, CPU
+    budget = 4 * max(len(example.tokens) for example in flat)
+    for _, tokens, targets, _ in micro_batches(
+        [tuple(flat[i : i + 2]) for i in (0, 2, 4)], budget, CPU
     ):  # two micro-batches, of two and one
         with torch.no_grad():
             before = scores(reference, tokens, targets)
@@ -369,10 +371,10 @@ def test_grpo_equals_trl(trl_pair, tmp_path, denominator, loss_type):
         Example(np.array(p + r), np.arange(len(p) + len(r)) >= len(p))
         for p, r in zip(prompts, responses)
     ]
-    ((_, tokens, targets),) = [
-        (None, *batch[1:]) for batch in micro_batches([(example,) for example in examples], 4, CPU)
-    ]
-    by_length = sorted(range(4), key=lambda n: len(examples[n].tokens))
+    ((by_length, tokens, targets, is_last),) = micro_batches(
+        [(example,) for example in examples], 100, CPU
+    )
+    assert is_last
     mask = (targets != -100).float()
     with torch.no_grad():
         old = (
@@ -990,20 +992,24 @@ def test_answers_do_not_depend_on_their_company_and_rewards_follow_the_rules(
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7, 9])
-def test_ranks_share_the_rows_of_a_mini_batch_and_run_equally_many_forwards(world):
+def test_ranks_share_the_rows_of_a_mini_batch_and_run_equally_many_forwards(world, monkeypatch):
     examples = [(Example(np.arange(n + 2), np.arange(n + 2) > n // 2),) for n in range(14)]
     part = range(7, 14)
     rollouts = Rollouts([range(7), part], examples, None, None, None)
     seen, forwards = [], set()
     for rank in range(world):
-        ranked = SimpleNamespace(rank=rank, world=world, device=CPU)
-        batches = list(rollouts.micro_batches(part, 2, ranked))
-        forwards.add(len(batches))
-        for rows, _, targets in batches:
+        for room in (rlvr, sft):
+            monkeypatch.setattr(room, "rank_and_world", lambda: (rank, world))
+        batches = list(rollouts.micro_batches(part, 32, CPU))
+        forwards.add((len(batches), sum(is_last for *_, is_last in batches), batches[-1][-1]))
+        for rows, tokens, targets, _ in batches:
+            assert tokens.numel() <= 32
             for row, n_targets in zip(rows, (targets != -100).sum(1).tolist()):
                 assert n_targets in (0, examples[row][0].n_targets)
                 seen += [row] * (n_targets > 0)
-    assert sorted(seen) == list(part) and forwards == {math.ceil(math.ceil(7 / world) / 2)}
+    assert sorted(seen) == list(part)
+    ((n_forwards, *ends),) = forwards  # the same on all ranks
+    assert ends == [1, True] and n_forwards <= math.ceil(math.ceil(7 / world) / 2)
 
 
 def test_a_row_that_fills_up_weighs_nothing_whatever_values_its_number_names():
@@ -1068,8 +1074,8 @@ def kept_of(folder, world, name):
 @pytest.mark.parametrize(
     "stage, samples, more",
     [
-        ("grpo", 5, ["--micro-batch", "4", "--denominator", "sequence"]),
-        ("ppo", 1, ["--micro-batch", "1", "--passes", "2", "--value", "BASE"]),
+        ("grpo", 5, ["--micro-tokens", "128", "--denominator", "sequence"]),
+        ("ppo", 1, ["--micro-tokens", "1", "--passes", "2", "--value", "BASE"]),
     ],
 )
 def test_rollouts_and_steps_are_the_same_on_any_number_of_ranks(
@@ -1078,7 +1084,7 @@ def test_rollouts_and_steps_are_the_same_on_any_number_of_ranks(
     """Two mini-batches of 25 rows, or of 5: neither 2 ranks nor 3 divide them, and groups lie on several ranks."""
     (here / "lengths.py").write_text(LENGTHS)
     flags = ["--init", talker, "--prompts", "10", "--samples", samples, "--minibatches", "2"]
-    flags += ["--response-length", "16", "--steps", "2", "--lr", "1e-4", "--no-eos", "-1", *QUICK]
+    flags += ["--response-length", "16", "--steps", "2", "--lr", "1e-5", "--no-eos", "-1", *QUICK]
     flags += ["--quiz", "--verifier", "lengths.py:score"]
     flags += [base if flag == "BASE" else flag for flag in more]
     sampled, known, advantages, rows, weights = {}, {}, {}, {}, {}
@@ -1312,14 +1318,14 @@ def test_a_judge_without_bos_reads_none(here, base, talker, capsys):
         "--val",
     )
     seen = []
-    real = dpo.score_over_ranks
+    real = dpo.score_rows
 
-    def score_over_ranks(model, rows, *more):
+    def score_rows(model, rows, *more):
         seen.extend(example.tokens[0] for (example,) in rows)
         return real(model, rows, *more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dpo, "score_over_ranks", score_over_ranks)
+        patch.setattr(dpo, "score_rows", score_rows)
         run(
             "prefs",
             "runs/prefs-bos-judged",
