@@ -55,23 +55,25 @@ def serve(folder, port=0, key="", names=("policy",), context=0):
     class Handler(BaseHTTPRequestHandler):
         def answer(self):
             body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "{}")
-            path, status = self.path.split("?")[0], 200
+            path = self.path.split("?")[0]
             state.calls.append((path, body))
-            if key and self.headers.get("Authorization") != f"Bearer {key}":
-                reply, status = {}, 401
-            else:
-                try:
-                    with lock:
-                        reply = get(path) if self.command == "GET" else post(path, body)
-                except Exception as error:
-                    reply, status = {"error": str(error)}, 500
-            changed = state.fault(path, reply) if state.fault else None
+            with lock:  # a fault that changes weights and version, too, is one event
+                reply, status = self.reply(path, body)
+                changed = state.fault(path, reply) if state.fault else None
             status = changed if isinstance(changed, int) else status
             data = json.dumps(reply).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
+
+        def reply(self, path, body):
+            if key and self.headers.get("Authorization") != f"Bearer {key}":
+                return {}, 401
+            try:
+                return get(path) if self.command == "GET" else post(path, body), 200
+            except Exception as error:
+                return {"error": str(error)}, 500
 
         do_GET = do_POST = answer
 
