@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import datetime
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,12 +61,14 @@ def open_report(path: Path, here: dict) -> dict:
     if not path.exists():
         return fresh
     report = read_json(path)
-    if not (isinstance(report.get("here"), dict) and isinstance(report.get("parts"), dict)):
+    kinds = [type(report.get(key)) for key in fresh]
+    if kinds != [dict, dict]:
         raise UserError(f"{path} is no report of this script: name another file with --out")
     changed = [name for name in here if report["here"].get(name) != here[name]]
     if not changed:
         return report
-    old = path.with_name(f"{path.stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}{path.suffix}")
+    now = datetime.datetime.now()
+    old = path.with_name(f"{path.stem}-{now:%Y%m%d-%H%M%S}{path.suffix}")
     path.rename(old)
     print(f"{path} is of another {' and '.join(changed)}: all parts anew; it is now {old.name}")
     return fresh
@@ -101,11 +104,15 @@ def run_part(name: str, minutes: float, folder: Path, dry: bool) -> dict:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    result = {"date": f"{datetime.datetime.now():%Y-%m-%d %H:%M}"}
-    result["seconds"] = round(time.monotonic() - began, 1)
+    seconds = time.monotonic() - began
+    now = datetime.datetime.now()
+    result = {"date": f"{now:%Y-%m-%d %H:%M}", "seconds": round(seconds, 1), "figures": {}}
     if error:
-        result |= {"error": error, "log": log.read_text(errors="replace").splitlines()[-30:]}
-    return result | (read_json(figures) if figures.exists() else {"figures": {}})
+        lines = log.read_text(errors="replace").splitlines()
+        result |= {"error": error, "log": lines[-30:]}
+    result |= read_json(figures) if figures.exists() else {}
+    shutil.rmtree(work)  # the next part needs the disk
+    return result
 
 
 def environment(dry: bool) -> dict[str, str]:
@@ -120,7 +127,8 @@ def table(name: str, result: dict) -> str:
     """A part's lines."""
     lines = [f"{name:10}{result['seconds']:7.0f} s  {result['date']}"]
     for key, value in result["figures"].items():
-        lines.append(f"{'':10}{key:44}{f'{value:.4g}' if isinstance(value, float) else value}")
+        shown = f"{value:.4g}" if isinstance(value, float) else value
+        lines.append(f"{'':10}{key:44}{shown}")
     if "error" in result:
         lines += [f"{'':10}ERROR {result['error']}", *result.get("log", [])[-8:]]
     return "\n".join(lines)
@@ -162,18 +170,23 @@ def main(arguments: list[str] | None = None) -> None:
     print(", ".join(f"{name} {value}" for name, value in report["here"].items()))
     for name in done:
         print(table(name, done[name]))
-    left = [options.only] if options.only else [name for name in PARTS if name not in done]
+    left = [name for name in PARTS if name not in done]
+    if options.only:
+        left = [options.only]
     most = max((PARTS[name][0] for name in left), default=0)
     if most > options.minutes:
         raise UserError(f"--minutes {options.minutes:g}: a part may take {most:g}, give as many")
     failed = []
+    is_first = True  # it has its time in any case
     with tempfile.TemporaryDirectory() as folder:
         while left:
             minutes, _ = PARTS[left[0]]
-            if time.monotonic() - began + 60 * minutes > 60 * options.minutes:
+            end = (time.monotonic() - began) / 60 + minutes
+            if end > options.minutes and not is_first:
                 break
             name = left.pop(0)
             done[name] = run_part(name, minutes, Path(folder), dry)
+            is_first = False
             write_json(path, report)
             print(table(name, done[name]), flush=True)
             if "error" in done[name]:

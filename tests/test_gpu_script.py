@@ -1,4 +1,4 @@
-"""tests/gpu.py, which has half an hour of a GPU: no figure may be lost, no part may stop the others.
+"""tests/gpu.py, which has half an hour of a GPU: no figure is lost, no part stops the others.
 
 The driver is the real one, with real processes; a small script takes the place of the parts.
 """

@@ -280,6 +280,7 @@ def test_every_flag_that_stands_alone_exists():
     helps = [help_of(f"{name}.py").stdout for name in COMMANDS] + [help_of_torchrun()]
     helps += [help_of_stage(stage) for stage in STAGES]
     helps += [help_of("tests/kill.py").stdout, help_of("tests/bench.py").stdout]
+    helps += [help_of("tests/gpu.py").stdout]
     assert len(flags) > 30
     missing = sorted(flag for flag in flags if not any(has_flag(text, flag) for text in helps))
     assert not missing, missing
