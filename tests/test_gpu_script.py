@@ -10,8 +10,11 @@ import time
 from pathlib import Path
 
 import gpu
+import gpu_parts
 import pytest
 from conftest import ROOT, fails
+
+from plan import GIB, Plan
 
 CHILD = """
 import json, os, pathlib, subprocess, sys, time
@@ -111,17 +114,36 @@ def test_a_file_that_is_no_report_is_left_alone(parts, capsys):
     assert Path("gpu.json").read_text() == '{"layers": 4}'
 
 
-def test_a_part_keeps_what_it_measured_before_an_error(tmp_path):
-    program = f"""
-import sys
+PARTS = f"""
+import os, signal, sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
 import gpu_parts
-def fails(real):
+def raises(real):
     yield {{"first": 1}}
     raise RuntimeError("out of luck\\nand more")
-gpu_parts.main({{"fails": (1, fails)}})
+def is_killed(real):
+    yield {{"first": 1}}
+    os.kill(os.getpid(), signal.SIGKILL)
+gpu_parts.main({{"raises": (1, raises), "is_killed": (1, is_killed)}})
 """
-    done = subprocess.run([sys.executable, "-c", program, "fails", "out.json"], capture_output=True)
-    assert done.returncode == 1 and b"out of luck" in done.stderr
-    expected = {"figures": {"first": 1}, "error": "RuntimeError: out of luck"}
-    assert json.loads(Path("out.json").read_text()) == expected
+
+
+@pytest.mark.parametrize(
+    "name, status, more",
+    [("raises", 1, {"error": "RuntimeError: out of luck"}), ("is_killed", -9, {})],
+)
+def test_a_part_keeps_what_it_measured_before_its_end(name, status, more):
+    command = [sys.executable, "-c", PARTS, name, "out.json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert json.loads(Path("out.json").read_text()) == {"figures": {"first": 1}, **more}
+
+
+def test_as_many_layers_of_the_7b_as_the_plan_says():
+    """Nine tenths of the memory are used, and one layer more would be too many."""
+    c = gpu_parts.settings_of(True, "7B")
+    layers = gpu_parts.layers_that_fit(c, 80 * GIB)
+    plan = Plan(gpu_parts.shape_of(True, "7B", layers=layers), c)
+    assert plan.memory(c.micro_batch, c.compile).total() <= 0.9 * 80 * GIB
+    plan.shape = gpu_parts.shape_of(True, "7B", layers=layers + 1)  # what was counted serves both
+    assert plan.memory(c.micro_batch, c.compile).total() > 0.9 * 80 * GIB
