@@ -1,312 +1,142 @@
-"""Memory, traffic and speed of a cluster, without one.
+"""Memory, speed, disk and days of a run on a cluster, without one.
 
-    python plan.py --size 32B --gpus 1024       # 7 seconds, 0.4 GB, no GPU
-    python plan.py --size 7B --gpus 64 --batch 512 --gpu-memory 141
+    python plan.py --size 32B --gpus 1024       # 7 seconds, 0.5 GB, no GPU
+    python plan.py --size 7B --gpus 64 --gpu H200 --batch 512
+    python plan.py --stage grpo --size 32B --gpus 64      # a stage of post-training: does it fit?
+    python plan.py --size 7B --gpus 32 --bus-across 20    # a slower network than the reference's
 
-The flags are those of pretrain.py, with --gpus and --gpu-memory. The model, sharded as it will be,
-runs one forward and backward on fake tensors (shapes without data) with fake collectives, and every
-operation is counted: what is alive, what is computed, what is sent. That is done at two small
-depths and two micro-batches, and continued in straight lines, which meet the whole model. What
-torch.compile saves is an estimate. The time is a model of two constants, fitted to the published
-speeds of the 1B and 7B: a step takes the longer of compute and communication, since one hides
-behind the other.
+The flags are those of pretrain.py, or of the stage, with those of the cluster. What a forward and
+backward takes is counted on shapes without data (counting.py). The time is a model: a step takes
+the longer of compute and communication, since one hides behind the other. Compute: a share of the
+GPU's peak, fitted to the published speeds of the 1B and 7B. Communication: a share of the links'
+peak, as NCCL's own tests show it. Post-training has no time here: it hangs on the length of the
+answers, which nobody knows before.
 """
 
 import math
 import sys
-import warnings
-import weakref
 from collections import Counter
-from dataclasses import astuple, dataclass, replace
-from fractions import Fraction
+from dataclasses import astuple, dataclass, make_dataclass, replace
+from pathlib import Path
 
 import torch
-from torch import Tensor, distributed
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
+from counting import COLLECTIVES, MicroStep, Workload, is_compiled
 from data import get_tokenizer
-from infra.checkpoint import find_config
-from infra.distributed import PEAK_FLOPS, run_cli
-from infra.settings import AboveZero, Positive, check_ranges, parse_flags
-from infra.sharding import BatchLayout, batch_layout, make_mesh, shard_model
-from model import ChunkedLoss, OLMo2
-from pretrain import make_optimizer, read_size, shape_of_flags
+from infra.checkpoint import find_config, states_kept
+from infra.distributed import run_cli
+from infra.files import UserError, did_you_mean
+from infra.gpus import GPU, named_gpu
+from infra.hub import is_hub_name
+from infra.settings import (
+    NotNegative,
+    Positive,
+    check_ranges,
+    flag_value,
+    flags_in,
+    parse_flags,
+)
+from infra.sharding import BatchLayout, batch_layout, check_divides, shard_size
+from posttrain import STAGES, read_round, resolve_settings
+from pretrain import number_of_steps, read_size, shape_of_flags
 from recipes import PretrainSettings, pretrain_recipe
-from shape import ModelConfig, read_config
+from sft import SamplingSettings, check_shape
+from shape import SIZES, ModelConfig, read_config
 
 # From the published speeds of the 1B and 7B alone (tests/bench.py --plan); the 13B and 32B test
 # them. Small models do less FLOP/s: launching kernels takes longer than running them.
 EFFICIENCY = 0.48  # FLOP/s done, recomputation and causal attention included, over the peak
-BUS = 69e9  # bytes/s sent per GPU: the least that the 7B sent across nodes
-PEAK = PEAK_FLOPS["H100"]
+# Of a link's peak, what collectives reach: an H100's NVLink of 450 GB/s gives 360 to 370, which is
+# what NVIDIA expects (github.com/NVIDIA/nccl-tests issues 212 and 326).
+LINK_SHARE = 0.8
+# Bytes/s of a GPU's own network card: 400 Gb/s, as in the DGX H100 and Ai2's cluster Jupiter.
+NETWORK_CARD = 50e9
 USABLE = 0.9  # of a GPU's memory; the rest: CUDA, NCCL, fragmentation
 GIB = 2**30
 # GPUs (H100, bf16) and tokens/s/GPU, as published.
 PUBLISHED = {"1B": (128, 55_000), "7B": (512, 10_000), "13B": (256, 4_600), "32B": (1024, 1_800)}
-COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce")
-KINDS = (
-    "parameters",
-    "optimizer moments",
-    "gradients",
-    "gathered weights",
-    "gradients in flight",
-    "activations",
-    "temporaries",
-)
+THRIFTY = "--micro-batch 1 --recompute 1 --recompute-part block --reshard --shard 0"
+
+# ------------------------------------------------------------------------------------------
+# Settings
 
 
 @dataclass(frozen=True)
-class PlanSettings(PretrainSettings):
+class ClusterSettings:
+    """The cluster, and what is to run on it."""
+
+    # pretrain, sft, prefs, rm, dpo, ppo, grpo
+    stage: str = "pretrain"
+    # how many GPUs
+    gpus: Positive = 1
+    # H100, H200, B200, A100, L40S, ...: all of them are in infra/gpus.py
+    gpu: str = "H100"
+    # GiB of each; 0: what such a GPU has
+    gpu_memory: NotNegative = 0.0
+    # GPUs that share a node
+    gpus_per_node: Positive = 8
+    # GB/s that a collective reaches inside a node (busbw of nccl-tests); 0: 80% of the links' peak
+    bus_inside: NotNegative = 0.0
+    # the same over several nodes with all their GPUs; 0: 80% of a card of 400 Gb/s for each GPU
+    bus_across: NotNegative = 0.0
+
+
+@dataclass(frozen=True)
+class PlanSettings(ClusterSettings, PretrainSettings):
     """Pretraining's settings, and the cluster."""
 
-    # H100s of the plan
-    gpus: Positive = 1
-    # GiB of each
-    gpu_memory: AboveZero = 80.0
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs, their nodes and their links."""
+
+    gpu: GPU
+    gpus: int
+    per_node: int
+    memory: float  # bytes that a plan may use of a GPU's
+    inside: float  # bytes/s that each GPU sends in a collective inside a node
+    across: float  # over several nodes, when all GPUs of each take part
+
+    @property
+    def nodes(self) -> int:
+        return math.ceil(self.gpus / self.per_node)
+
+    def bus(self, ranks: int, stride: int = 1) -> float:
+        """Bytes/s that each GPU sends to a group of so many ranks, `stride` apart.
+
+        A ring over several nodes leaves each node once, through all cards of the group's GPUs
+        there. If the group has one GPU in a node, the others' cards serve other groups.
+        """
+        if self.nodes == 1 or self.per_node % (ranks * stride) == 0:
+            return self.inside
+        in_a_node = max(1, self.per_node // stride)
+        return self.across * min(1, in_a_node / self.per_node)
 
 
-# ------------------------------------------------------------------------------------------
-# What is counted
+def make_cluster(c: ClusterSettings) -> Cluster:
+    """The cluster of the flags. Raises UserError for a GPU that is not known."""
+    gpu = named_gpu(c.gpu)
+    inside = c.bus_inside * 1e9 or LINK_SHARE * gpu.link
+    across = c.bus_across * 1e9 or LINK_SHARE * NETWORK_CARD * c.gpus_per_node
+    memory = USABLE * (c.gpu_memory or gpu.memory) * GIB
+    return Cluster(gpu, c.gpus, c.gpus_per_node, memory, inside, min(inside, across))
 
 
-class OpCounter(TorchDispatchMode):
-    """Counts what is computed and sent, and what is alive at the worst moment of each phase."""
-
-    def __init__(self):
-        super().__init__()
-        self.phase = "setup"
-        self.counts = Counter()  # FLOPs, and bytes sent by each collective
-        # Living storage -> [kind]: a list, since a later operation may know better.
-        self.kind_of = weakref.WeakKeyDictionary()
-        self.peak = Counter()  # phase -> most bytes alive
-        self.alive = {}  # phase -> ([kind], bytes) of each storage at that moment
-
-    def mark(self, kind: str, tensors) -> None:
-        """Say of what kind these tensors are."""
-        for tensor in tree_leaves(tensors):
-            storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
-            self.kind_of.setdefault(storage, [kind])[0] = kind
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if DTensor in types:
-            return NotImplemented  # it comes again, for this rank's shard
-        kwargs = kwargs or {}
-        phase = self.phase
-        out = func(*args, **kwargs)
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                kind = "activations" if phase == "forward" else "temporaries"
-                self.kind_of.setdefault(leaf.untyped_storage(), [kind])
-        self.count(func, args, kwargs, out)
-        # FSDP frees a gathered weight by resizing its storage, unseen here: sum it all anew.
-        total = sum(storage.nbytes() for storage in self.kind_of)
-        if total > self.peak[phase]:
-            self.peak[phase] = total
-            self.alive[phase] = [(kind, s.nbytes()) for s, kind in self.kind_of.items()]
-        return out
-
-    def count(self, func, args: tuple, kwargs: dict, out) -> None:
-        """Count the bytes that this GPU sends (in a ring, all but one part), or the FLOPs."""
-        match func._schema.name:
-            case "c10d::_allgather_base_":
-                self.mark("gathered weights", args[0])
-                self.counts["all-gather"] += args[0].nbytes - args[1].nbytes
-            case "fsdp::split_with_sizes_copy":  # what was gathered becomes weights
-                self.mark("gathered weights", kwargs["out"])
-            case "fsdp::chunk_cat":  # a block's gradients become one buffer, in fp32
-                self.mark("gradients in flight", (args[0], kwargs["out"]))
-            case "c10d::_reduce_scatter_base_":
-                self.mark("gradients", args[0])
-                self.counts["reduce-scatter"] += args[1].nbytes - args[0].nbytes
-            case "c10d::allreduce_":
-                ranks = distributed.ProcessGroup.unbox(args[1]).size()
-                sent = sum(tensor.nbytes for tensor in args[0])
-                self.counts["all-reduce"] += 2 * sent * (ranks - 1) / ranks
-            case _ if func._overloadpacket in flop_registry:
-                flops = flop_registry[func._overloadpacket]
-                self.counts["FLOPs"] += flops(*args, **kwargs, out_val=out)
-            case name if "scaled_dot_product" in name:
-                # The CPU's kernel is not in the registry: 2 products forward, 4 backward, of 2
-                # FLOPs per entry of T x T x K, of which causal attention does half.
-                products = 4 if "backward" in name else 2
-                q = args[0]  # backward: the gradient of the output, of the same shape
-                self.counts["FLOPs"] += products * q.numel() * q.shape[-2]
-
-
-def count_micro_step(
-    shape: ModelConfig, c: PlanSettings, layout: BatchLayout, times: int = 1
-) -> Counter:
-    """Counts of one forward and backward on a micro-batch, or `times` as many instances.
-
-    Under (phase, kind): the bytes alive at the phase's worst moment. Clipping and AdamW work in
-    place, when the activations are gone: they are never the peak.
-    """
-    from torch._subclasses import FakeTensorMode
-
-    with torch.device("meta"):
-        model = OLMo2(shape)
-    # Before the mode: FSDP cuts each weight in as many views as there are ranks.
-    mesh = make_mesh(c.shard, torch.device("cpu"))
-    # Compilation does nothing here: see `compiled_bytes`.
-    shard_model(model, model.model.layers, replace(c, compile="no"), mesh, bf16=True)
-    with FakeTensorMode(allow_non_fake_inputs=True), OpCounter() as counter:
-        model.to_empty(device="cpu")
-        parameters = list(model.parameters())
-        counter.mark("parameters", parameters)
-        optimizer = make_optimizer(model, c)  # must live: what is alive is counted
-        counter.mark("optimizer moments", list(optimizer.state.values()))
-        if layout.rows > layout.micro_batch:  # gradients of the micro-batches before
-            for p in parameters:
-                p.grad = torch.zeros_like(p)
-                counter.mark("gradients", p.grad)
-        tokens = torch.zeros(times * layout.micro_batch, c.seq_len, dtype=torch.long)
-        counter.phase = "forward"
-        ce, z, _ = model.loss(tokens, tokens)
-        counter.phase = "backward"
-        (ce + z).backward()
-    counts = counter.counts
-    counts["parameters"] = sum(p.numel() for p in parameters)
-    for phase, alive in counter.alive.items():
-        for [kind], n_bytes in alive:
-            counts[phase, kind] += n_bytes
-    return counts
-
-
-# ------------------------------------------------------------------------------------------
-# What is interpolated
-
-
-def interpolate(a: Counter, b: Counter, share: float) -> Counter:
-    """The point on the straight line through a and b at a share of the way; it may lie beyond.
-
-    >>> interpolate(Counter(x=10), Counter(x=20), 3)
-    Counter({'x': 40})
-    """
-    return Counter({key: a[key] * (1 - share) + b[key] * share for key in {**a, **b}})
-
-
-class Plan:
-    """Counts of a step on --gpus H100, per GPU. Raises UserError as `batch_layout` does.
-
-    They are made at two depths and two micro-batches, and by straight lines at any others.
-    """
-
-    def __init__(self, shape: ModelConfig, c: PlanSettings):
-        from torch.testing._internal.distributed.fake_pg import FakeStore
-
-        self.shape = shape
-        self.c = c
-        self.compiled = c.compile != "no"  # a plan is for GPUs
-        self.layout = batch_layout(c.batch, c.micro_batch, c.shard, c.gpus)
-        # Whole periods of recomputation, from three blocks on: then all of FSDP's buffers are used.
-        self.period = Fraction(c.recompute).limit_denominator(16).denominator
-        self.depth = math.ceil(3 / self.period) * self.period
-        self.counted = []  # of each depth: [of this micro-batch, of twice as many rows]
-        # ChunkedLoss asks if two gradients are one tensor.
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-        chunk = ChunkedLoss.CHUNK["cpu"]
-        ChunkedLoss.CHUNK["cpu"] = ChunkedLoss.CHUNK["cuda"]
-        distributed.init_process_group("fake", rank=0, world_size=c.gpus, store=FakeStore())
-        try:
-            for depth in (self.depth, self.depth + self.period):
-                small = replace(shape, layers=depth)
-                self.counted.append(
-                    [count_micro_step(small, c, self.layout, times) for times in (1, 2)]
-                )
-        finally:
-            distributed.destroy_process_group()
-            ChunkedLoss.CHUNK["cpu"] = chunk
-
-    def at(self, layers: int, rows: int) -> Counter:
-        """The counts of a forward and backward of so many layers on so many instances."""
-        share = rows / self.layout.micro_batch - 1
-        a, b = (interpolate(*pair, share) for pair in self.counted)
-        return interpolate(a, b, (layers - self.depth) / self.period)
-
-    def memory(self, rows: int, compiled: bool) -> Counter:
-        """Bytes by kind at the peak, with micro-batches of `rows`."""
-        counts = self.at(self.shape.layers, rows)
-        phases = []
-        for phase in ("forward", "backward"):
-            kinds = Counter({kind: counts[phase, kind] for kind in KINDS})
-            if compiled:
-                outside_blocks = self.at(0, rows)[phase, "activations"]
-                kinds["activations"] = outside_blocks + rows * compiled_bytes(self.shape, self.c)
-            phases.append(kinds)
-        return max(phases, key=Counter.total)
-
-    def largest_micro_batch(self) -> int:
-        """The largest micro-batch whose memory fits; 0 if none does."""
-        whole = self.layout.rows
-        usable = USABLE * self.c.gpu_memory * GIB
-        largest = 0
-        for i in range(1, math.isqrt(whole) + 1):
-            for rows in (i, whole // i):  # the divisors, in pairs
-                if whole % rows == 0 and self.memory(rows, self.compiled).total() <= usable:
-                    largest = max(largest, rows)
-        return largest
-
-    def step(self) -> Counter:
-        """FLOPs (recomputation included) and bytes sent, by collective, of an optimizer step."""
-        layout = self.layout
-        counts = self.at(self.shape.layers, layout.micro_batch)
-        if layout.shard > 1 and not (counts["all-gather"] and counts["reduce-scatter"]):
-            raise RuntimeError(f"torch {torch.__version__} names its collectives in another way")
-        for kind in ("FLOPs", "all-gather", "reduce-scatter"):  # gradients are all-reduced once
-            counts[kind] *= layout.rows // layout.micro_batch
-        return counts
-
-
-def compiled_bytes(shape: ModelConfig, c: PlanSettings) -> float:
-    """Bytes that compiled blocks keep of an instance for the backward, in bf16 (estimated).
-
-    A block keeps its input, q and k before norm and after RoPE, v, the outputs of attention and of
-    o_proj, the MLP's input, gate, up, their product and its output; and a number per head, fp32.
-    """
-    kv_width = shape.kv_heads * shape.head_dim
-    widths = 7 * shape.d_model + 3 * kv_width + 3 * shape.ffn
-    block = 2 * widths + 4 * shape.heads  # per token
-    recomputed = 2 * shape.d_model
-    if c.recompute_part == "mlp":
-        recomputed = block - 6 * shape.ffn
-    mean = block - c.recompute * (block - recomputed)
-    return shape.layers * c.seq_len * mean
-
-
-def seconds_of(step: Counter) -> tuple[float, float]:
-    """(compute, communication) of a step, in seconds. It takes the longer of the two."""
-    sent = sum(step[kind] for kind in COLLECTIVES)
-    return step["FLOPs"] / (EFFICIENCY * PEAK), sent / BUS
-
-
-# ------------------------------------------------------------------------------------------
-# What is shown
-
-
-def report(c: PlanSettings) -> None:
-    """Print the plan of a step on --gpus H100. Raises UserError."""
-    shape = shape_of(c)
-    plan = Plan(shape, c)
-    step = plan.step()
-    shard, rows, micro_batch = astuple(plan.layout)
-    print(
-        f"model     {c.size}: {round(step['parameters']):,} parameters, {shape.layers} layers, "
-        f"D {shape.d_model}\n"
-        f"mesh      {c.gpus:,} H100: {c.gpus // shard} x the weights, each sharded over {shard}"
-    )
-    print(
-        f"batch     {c.batch} x {c.seq_len} = {c.batch * c.seq_len:,} tokens per step; per GPU "
-        f"{rows // micro_batch} x {micro_batch} instances"
-    )
-    report_memory(plan)
-    report_time(plan, step)
+def check_stage(stage: str) -> None:
+    """Raise UserError for a stage that there is not."""
+    stages = ["pretrain", *STAGES]
+    if stage not in stages:
+        raise UserError(
+            f"--stage {stage} is not known{did_you_mean(stage.lower(), stages)}: name one of "
+            f"{', '.join(stages)}; stage 2 (anneal.py) takes what pretrain takes"
+        )
 
 
 def shape_of(c: PlanSettings) -> ModelConfig:
     """The shape of --init or --size; a tokenizer is only looked for where the size has another."""
+    if c.stage != "pretrain":  # what it starts from need not be there yet
+        known = Path(c.init).exists() or is_hub_name(c.init)
+        return read_config(find_config(c.init)) if known else SIZES[c.size]
     if c.init:
         return read_config(find_config(c.init))
     shape = shape_of_flags(c)
@@ -315,63 +145,374 @@ def shape_of(c: PlanSettings) -> ModelConfig:
     return replace(shape, norm_position=c.norm_position, qk_norm=c.qk_norm, norm=c.norm)
 
 
-def report_memory(plan: Plan) -> None:
-    """Print what takes memory at the peak, and what fits."""
+# ------------------------------------------------------------------------------------------
+# What a stage runs at a time
+
+
+def layout_of(c: PlanSettings) -> BatchLayout:
+    """How a step falls on the GPUs. In post-training nothing need divide the rows. UserError."""
+    if c.stage == "pretrain":
+        return batch_layout(c.batch, c.micro_batch, c.shard, c.gpus)
+    shard = shard_size(c.shard, c.gpus)
+    if isinstance(c, SamplingSettings):
+        minibatches = getattr(c, "minibatches", 1)
+        check_divides("--prompts", c.prompts, minibatches, f"--minibatches {minibatches}")
+        rows = math.ceil(c.prompts * c.samples / minibatches / c.gpus)
+    else:
+        check_divides("--batch", c.batch, c.gpus, f"{c.gpus} processes")
+        rows = c.batch // c.gpus
+    return BatchLayout(shard, rows, min(c.micro_batch, rows))
+
+
+def sequences_per_row(stage: str) -> int:
+    """A pair is two conversations."""
+    return 2 if stage in ("rm", "dpo") else 1
+
+
+def longest_sequence(c: PlanSettings, shape: ModelConfig) -> int:
+    """Tokens of the longest sequence of a stage. Raises UserError if the model takes fewer."""
+    match c.stage:
+        case "pretrain":
+            return c.seq_len
+        case "rm":  # nothing is cut, and what is longer than this is left out
+            return shape.context
+        case "sft" | "dpo":
+            length = c.max_length
+        case _:
+            length = c.prompt_length + c.response_length
+    check_shape(f"--size {c.size}", shape, length, "lm")
+    return length
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Memory of a GPU while answers are written, in bytes."""
+
+    resident: Counter  # what training leaves there
+    copy: float  # whole weights in bf16; 0: they are gathered from the shards for each token
+    answers: int  # that are to be written in a step
+    rows: int  # answers at a time
+    row: int  # keys and values of one
+
+    @property
+    def memory(self) -> Counter:
+        """By kind. There are two caches while rows that have ended are dropped."""
+        cache = {"keys and values": 2 * self.rows * self.row}
+        return self.resident + Counter({"whole copy in bf16": self.copy, **cache})
+
+
+class Plan:
+    """What a step takes on each GPU of the cluster. Raises UserError as `layout_of` does."""
+
+    def __init__(self, shape: ModelConfig, c: PlanSettings):
+        self.shape = shape
+        self.c = c
+        self.cluster = make_cluster(c)
+        self.layout = layout_of(c)
+        self.length = longest_sequence(c, shape)
+        accumulates = self.layout.rows > self.layout.micro_batch
+        rows = self.layout.micro_batch * sequences_per_row(c.stage)
+        self.micro_step = None  # what writes pairs trains nothing
+        if c.stage != "prefs":
+            work = Workload(c.stage, shape, c, rows, self.length, accumulates)
+            self.micro_step = MicroStep(work, c.gpus)
+
+    def memory(self, micro_batch: int, compiled: bool) -> Counter:
+        """Bytes by kind at the peak of training."""
+        return self.micro_step.memory(micro_batch * sequences_per_row(self.c.stage), compiled)
+
+    def largest_micro_batch(self) -> int:
+        """The largest micro-batch whose memory fits; 0 if none does."""
+        whole = self.layout.rows
+        largest = 0
+        for rows in range(1, whole + 1):
+            # In pretraining it divides the rows.
+            if whole % rows and self.c.stage == "pretrain":
+                continue
+            if self.memory(rows, is_compiled(self.c)).total() <= self.cluster.memory:
+                largest = rows
+        return largest
+
+    def step(self) -> Counter:
+        """FLOPs (recomputation included) and bytes sent, by collective, of an optimizer step."""
+        layout = self.layout
+        counts = self.micro_step.counts()
+        if layout.shard > 1 and not (counts["all-gather"] and counts["reduce-scatter"]):
+            raise RuntimeError(f"torch {torch.__version__} names its collectives in another way")
+        for kind in ("FLOPs", "all-gather", "reduce-scatter"):  # gradients are all-reduced once
+            counts[kind] *= layout.rows // layout.micro_batch
+        return counts
+
+    def seconds(self, step: Counter) -> tuple[float, float]:
+        """(compute, communication) of a step. It takes the longer of the two."""
+        shard = self.layout.shard
+        replicas = self.c.gpus // shard
+        compute = step["FLOPs"] / (EFFICIENCY * self.cluster.gpu.peak)
+        gathers = (step["all-gather"] + step["reduce-scatter"]) / self.cluster.bus(shard)
+        return compute, gathers + step["all-reduce"] / self.cluster.bus(replicas, stride=shard)
+
+    def sampling(self) -> Sampling | None:
+        """How answers are written; None if this stage writes none, or servers do."""
+        c = self.c
+        if not isinstance(c, SamplingSettings) or getattr(c, "rollouts", ""):
+            return None
+        resident = self.resident()
+        free = self.cluster.memory - resident.total()
+        row = self.shape.cache_bytes(self.length, 2)
+        copy = 0
+        if self.shape.sampling_bytes(self.length) <= free:
+            copy = 2 * self.shape.parameters["total"]
+        else:
+            resident["gathered weights"] = self.gathered()
+        left = self.cluster.memory - resident.total() - copy
+        answers = math.ceil(c.prompts * c.samples / c.gpus)
+        rows = max(1, min(answers, int(left / 3 // row)))
+        return Sampling(resident, copy, answers, rows, row)
+
+    def resident(self) -> Counter:
+        """What stays between the steps: the models, and the moments of those that are trained."""
+        if self.c.stage == "prefs":
+            models = 2 if self.c.judge else 1
+            frozen = 2 * self.shape.parameters["total"] * models
+            return Counter({"parameters": frozen / self.layout.shard})
+        counts = self.micro_step.counts()
+        kinds = ("parameters", "optimizer moments", "reference")
+        return Counter({kind: counts["forward", kind] for kind in kinds})
+
+    def gathered(self) -> float:
+        """Bytes of weights gathered at a time in bf16: two blocks, and what is in no block."""
+        without_blocks = replace(self.shape, layers=1).parameters["total"]
+        blocks = self.shape.parameters["total"] - without_blocks
+        block = blocks / max(1, self.shape.layers - 1)
+        return 2 * (without_blocks + block)
+
+
+# ------------------------------------------------------------------------------------------
+# What is shown
+
+
+def show(label: str, *lines: str) -> None:
+    """Print lines under a label."""
+    for line in lines:
+        print(f"{label:10}{line}")
+        label = ""
+
+
+def report(c: PlanSettings) -> None:
+    """Print the plan. Raises UserError."""
+    plan = Plan(shape_of(c), c)
+    report_layout(plan)
+    if c.stage == "prefs":
+        report_sampling(plan)
+        return
+    report_memory(plan)
+    step = plan.step()
+    seconds = 0.0
+    if c.stage == "pretrain":
+        seconds = max(plan.seconds(step))
+        report_time(plan, step)
+    else:
+        report_sampling(plan)
+    report_run(plan, step["state"], seconds)
+
+
+def report_layout(plan: Plan) -> None:
+    """Print what runs, on what, and how a step falls on the GPUs."""
     c = plan.c
-    rows = plan.layout.micro_batch
-    memory = plan.memory(rows, plan.compiled)
-    peak = memory.total() / GIB
-    eager = plan.memory(rows, compiled=False).total() / GIB
-    warning = ": DOES NOT FIT" if peak > USABLE * c.gpu_memory else ""
-    print(
-        f"memory    {peak:.1f} GiB per GPU at the peak{warning} "
-        f"({eager:.1f} counted without torch.compile)"
+    shape = plan.shape
+    total = shape.parameters["total"]
+    shard = plan.layout.shard
+    nodes = count(plan.cluster.nodes, "node")
+    replicas = c.gpus // shard
+    show("model", f"{c.size}: {total:,} parameters, {shape.layers} layers, D {shape.d_model}")
+    show(
+        "mesh",
+        f"{c.gpus:,} {c.gpu} in {nodes}: {replicas} x the weights, each sharded over {shard}",
     )
-    for kind, size in memory.items():
-        print(f"          {kind:20}{size / GIB:8.2f} GiB")
+    show("batch", describe_batch(plan))
+
+
+def describe_batch(plan: Plan) -> str:
+    """A step, and what of it a GPU has."""
+    c = plan.c
+    _, rows, micro_batch = astuple(plan.layout)
+    if c.stage == "pretrain":
+        tokens = c.batch * c.seq_len
+        return (
+            f"{c.batch} x {c.seq_len} = {tokens:,} tokens per step; per GPU "
+            f"{rows // micro_batch} x {micro_batch} instances"
+        )
+    if isinstance(c, SamplingSettings):
+        rows_of_step = f"{c.prompts} x {c.samples} answers"
+    else:
+        thing = "pair" if sequences_per_row(c.stage) == 2 else "conversation"
+        rows_of_step = count(c.batch, thing)
+    text = f"{c.stage}, {rows_of_step} per step, of up to {plan.length:,} tokens"
+    if c.stage == "prefs":
+        return text
+    return f"{text}; per GPU {rows:,} in an optimizer step, {micro_batch} at a time"
+
+
+def count(number: int, thing: str) -> str:
+    """A number of things.
+
+    >>> count(1, "node"), count(1024, "node")
+    ('1 node', '1,024 nodes')
+    """
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def report_memory(plan: Plan) -> None:
+    """Print what takes memory at the peak of training, and what fits."""
+    c = plan.c
+    compiled = is_compiled(c)
+    memory = plan.memory(plan.layout.micro_batch, compiled)
+    eager = plan.memory(plan.layout.micro_batch, compiled=False).total() / GIB
+    note = f" ({eager:.1f} counted without torch.compile)" if compiled else ""
+    show_memory(plan, f"at the peak of training{note}", memory)
     largest = plan.largest_micro_batch()
-    print(
-        f"fits      largest micro-batch within {USABLE:.0%} of {c.gpu_memory:g} GiB: "
-        f"{largest} instances"
+    gib = plan.cluster.memory / USABLE / GIB
+    show("fits", f"largest --micro-batch within {USABLE:.0%} of {gib:g} GiB: {largest}")
+    if largest:
+        return
+    thrifty = Plan(plan.shape, parse_flags(c, THRIFTY.split(), __doc__))
+    least = thrifty.memory(1, compiled).total()
+    enough = "" if least <= plan.cluster.memory else ": take more GPUs, or larger ones"
+    show("", f"{THRIFTY} takes {least / GIB:.1f} GiB{enough}")
+
+
+def show_memory(plan: Plan, when: str, memory: Counter) -> None:
+    """Print the bytes by kind, and whether they fit."""
+    total = memory.total()
+    warning = ": DOES NOT FIT" if total > plan.cluster.memory else ""
+    show("memory", f"{total / GIB:.1f} GiB per GPU {when}{warning}")
+    for kind, n_bytes in memory.items():
+        if n_bytes:
+            show("", f"{kind:20}{n_bytes / GIB:8.2f} GiB")
+
+
+def report_sampling(plan: Plan) -> None:
+    """Print what takes memory while answers are written, how many at a time, and what may help."""
+    c = plan.c
+    if not isinstance(c, SamplingSettings):
+        return
+    sampling = plan.sampling()
+    if not sampling:
+        show("sampling", "servers write the answers, and it takes nothing here")
+        return
+    show_memory(plan, "while answers are written", sampling.memory)
+    least = plan.shape.sampling_bytes(plan.length) / GIB
+    free = (plan.cluster.memory - plan.resident().total()) / GIB
+    how = "whole weights on each GPU" if sampling.copy else "over the shards, which is slow"
+    answers = count(sampling.answers, "answer")
+    show(
+        "sampling",
+        f"{how}: with one answer, whole weights take {least:.1f} GiB, and {free:.1f} are free",
+        f"{sampling.rows:,} of a GPU's {answers} at a time",
     )
-    if not largest:
-        flags = "--micro-batch 1 --recompute 1 --recompute-part block --reshard --shard 0"
-        thrifty = parse_flags(c, flags.split(), __doc__)
-        least = Plan(plan.shape, thrifty).memory(1, plan.compiled).total() / GIB
-        print(f"          {flags} takes {least:.1f} GiB")
+    if not sampling.copy or sampling.rows < sampling.answers:
+        show("", "faster: more GPUs, GPUs with more memory, or vLLM servers (--rollouts)")
 
 
 def report_time(plan: Plan, step: Counter) -> None:
     """Print what is sent and computed, how long it takes, and the speed."""
     c = plan.c
-    shape = plan.shape
-    compute, communication = seconds_of(step)
+    peak = plan.cluster.gpu.peak
+    compute, communication = plan.seconds(step)
     seconds = max(compute, communication)
     sent = ", ".join(f"{kind} {step[kind] / 1e9:,.1f} GB" for kind in COLLECTIVES)
-    print(
-        f"sent      per GPU and step: {sent}\n"
-        f"time      {seconds:.3g} s per step = max(compute {compute:.3g}, communication "
-        f"{communication:.3g})"
+    show("sent", f"per GPU and step: {sent}", *describe_links(plan))
+    parts = f"compute {compute:.3g}, communication {communication:.3g}"
+    flops = step["FLOPs"] / 1e12
+    show(
+        "time",
+        f"{seconds:.3g} s per step = max({parts})",
+        f"compute = {flops:,.1f} TFLOP per GPU, recomputation included, / "
+        f"({EFFICIENCY} x {peak / 1e12:.0f} TFLOP/s)",
     )
-    print(
-        f"          compute = {step['FLOPs'] / 1e12:,.1f} TFLOP per GPU, recomputation included, / "
-        f"({EFFICIENCY} x {PEAK / 1e12:.0f} TFLOP/s)\n"
-        f"          communication = {communication * BUS / 1e9:,.1f} GB / {BUS / 1e9:.0f} GB/s"
-    )
-    speed = plan.layout.rows * c.seq_len / seconds
-    useful = shape.flops_per_token(c.seq_len)
-    causal = useful - 6 * shape.layers * shape.d_model * c.seq_len  # attention is half of that
-    print(
-        f"speed     {speed:,.0f} tokens/s/GPU; MFU {speed * useful / PEAK:.1%} with attention in "
-        f"full, {speed * causal / PEAK:.1%} causal"
-    )
+    tokens = plan.layout.rows * c.seq_len
+    speed = tokens / seconds
+    useful = plan.shape.flops_per_token(c.seq_len)
+    # Of attention in full, causal attention is half.
+    causal = useful - 6 * plan.shape.layers * plan.shape.d_model * c.seq_len
+    full_mfu = speed * useful / peak
+    causal_mfu = speed * causal / peak
+    mfu = f"MFU {full_mfu:.1%} with attention in full, {causal_mfu:.1%} causal"
+    show("speed", f"{speed:,.0f} tokens/s/GPU; {mfu}")
     if communication > compute:
-        most = plan.layout.rows * c.seq_len / compute
-        print(f"          up to {most:,.0f} tokens/s/GPU if the network is faster than that")
+        most = tokens / compute
+        show("", f"up to {most:,.0f} tokens/s/GPU if the network is faster than that")
     gpus, published = PUBLISHED.get(c.size, (0, 0))
     if c == PlanSettings(size=c.size, gpus=gpus, **pretrain_recipe(c.size)):
         off = speed / published - 1
-        print(f"          published {published:,} tokens/s/GPU: the plan is {off:+.1%} off")
+        show("", f"published {published:,} tokens/s/GPU: the plan is {off:+.1%} off")
+
+
+def describe_links(plan: Plan) -> list[str]:
+    """How fast the groups of GPUs send, a line for each kind of group."""
+    shard = plan.layout.shard
+    replicas = plan.c.gpus // shard
+    lines = []
+    if shard > 1:
+        speed = plan.cluster.bus(shard) / 1e9
+        lines.append(f"{speed:,.0f} GB/s among the {shard} GPUs that share the weights")
+    if replicas > 1:
+        speed = plan.cluster.bus(replicas, stride=shard) / 1e9
+        lines.append(f"{speed:,.0f} GB/s among {replicas} replicas")
+    return lines
+
+
+def steps_of(c: PlanSettings) -> int:
+    """Steps of the run; 0 where the rows of the data decide."""
+    if c.stage == "pretrain":
+        return number_of_steps(c)
+    return round(c.share * c.steps)
+
+
+def report_run(plan: Plan, state: float, seconds: float) -> None:
+    """Print days and GPU hours of the whole run, what it leaves on the disk, and host memory.
+
+    state: bytes of a training state. seconds: of a step, 0 if that is not known.
+    """
+    c = plan.c
+    steps = steps_of(c)
+    if seconds:
+        days = steps * seconds / 86_400
+        hours = 24 * days * c.gpus
+        took = f"{days:,.1f} days, {hours:,.0f} GPU hours"
+        show("run", f"{steps:,} steps: {took}, without evaluations, saves and faults")
+    kept = states_kept(steps, c.save_every, c.keep) if steps else c.keep
+    weights = 4 * plan.shape.parameters["total"]
+    disk = size(kept * state + weights)
+    states = f"{count(kept, 'state')} of {size(state)}"
+    flags = f"--save-every {c.save_every} --keep {c.keep}"
+    show("disk", f"{disk}: {states} ({flags}), and hf/ of {size(weights)}")
+    show("host", f"{size(host_bytes(plan, state))} of a node's memory to save a state")
+
+
+def size(n_bytes: float) -> str:
+    """Bytes in words.
+
+    >>> size(386.8e9), size(279.4e12)
+    ('386.8 GB', '279.4 TB')
+    """
+    if n_bytes < 1e12:
+        return f"{n_bytes / 1e9:,.1f} GB"
+    return f"{n_bytes / 1e12:,.1f} TB"
+
+
+def host_bytes(plan: Plan, state: float) -> float:
+    """Bytes of a node's memory that a save takes, about.
+
+    A model's moments are the largest part that is written at once: as tensors, and as the bytes of
+    the file. --async-save copies the whole state before, and pinned memory comes in powers of two.
+    """
+    c = plan.c
+    ranks = min(c.gpus, c.gpus_per_node)
+    share = ranks / plan.layout.shard  # of a state, on this node; replicas write it once
+    moments = 8 * plan.shape.parameters["total"]
+    copy = state * share if c.async_save else 0
+    return copy + 2 * moments * min(1, share)
 
 
 # ------------------------------------------------------------------------------------------
@@ -381,8 +522,25 @@ def report_time(plan: Plan, step: Counter) -> None:
 def read_settings(arguments: list[str] | None) -> PlanSettings:
     """The settings of a command line: class < recipe of --size < flags. Raises UserError."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    stage = flag_value(arguments, "stage", "pretrain")
+    check_stage(stage)
     size = read_size(arguments)
-    return parse_flags(PlanSettings(size=size, **pretrain_recipe(size)), arguments, __doc__)
+    if stage == "pretrain":
+        default = PlanSettings(size=size, **pretrain_recipe(size))
+    else:
+        default = stage_settings(stage, size, arguments)
+    return parse_flags(default, arguments, __doc__)
+
+
+def stage_settings(stage: str, size: str, arguments: list[str]) -> ClusterSettings:
+    """The recipe of a stage, with a cluster's settings beside its own."""
+    words = ["--size", size]
+    if "round" in flags_in(arguments):
+        words += ["--round", str(read_round(arguments))]
+    recipe, _ = resolve_settings(stage, words)
+    bases = (ClusterSettings, STAGES[stage])
+    both = make_dataclass("StagePlanSettings", [], bases=bases, frozen=True)
+    return both(**vars(recipe), stage=stage)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -86,7 +86,7 @@ class ModelConfig:
     def sampling_bytes(self, length: int) -> int:
         """Memory that sampling with all weights takes at least: in bf16, and one row of `length`.
 
-        Three times its keys and values: these may take a third of what is free.
+        Three times its keys and values, since a cache may take a third of what is free.
         """
         return 2 * self.parameters["total"] + 3 * self.cache_bytes(length, 2)
 

@@ -309,12 +309,22 @@ def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
     return {"model": weights, "optim": moments}
 
 
-def state_bytes(trained: Trained) -> int:
-    """Bytes of a training state, the shards of all ranks together, without hf/."""
+def state_bytes(parts: dict[str, Tensors]) -> int:
+    """Bytes of a training state of these tensors, the shards of all ranks together, without hf/."""
     total = 0
-    for tensors in trained.tensors.values():
+    for tensors in parts.values():
         total += sum(tensor.nbytes for tensor in tensors.values())
     return total
+
+
+def states_kept(steps: int, save_every: int, keep: int) -> int:
+    """How many states so many steps leave; keep: of the newest, 0 for all.
+
+    >>> states_kept(2500, 1000, 0), states_kept(2500, 1000, 1)
+    (3, 1)
+    """
+    saved = math.ceil(steps / save_every)
+    return min(saved, keep or saved)
 
 
 def count_name(tokens: int) -> str:

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from infra.files import UserError, first_line, join_problems
+from infra.gpus import find_gpu
 from infra.settings import RunSettings
 
 # ------------------------------------------------------------------------------------------
@@ -186,32 +187,13 @@ def map_over_ranks(rows: list, work: Callable[[list], list]) -> list:
 # ------------------------------------------------------------------------------------------
 # Devices
 
-# Dense bf16 peak, FLOP/s, from the vendors' data sheets; the longest matching name wins.
-PEAK_FLOPS = {
-    "H100": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10": 125e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-    "MI300X": 1307e12,
-    "MI250X": 191.5e12,
-}
-
 
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s of an accelerator, for MFU; None where it is not known, as on a CPU."""
     if device.type != "cuda":
         return None
-    words = set(torch.cuda.get_device_name(device).replace("-", " ").split())
-    known = [name for name in PEAK_FLOPS if words.issuperset(name.split())]
-    return PEAK_FLOPS[max(known, key=len)] if known else None
+    gpu = find_gpu(torch.cuda.get_device_name(device))
+    return gpu.peak if gpu else None
 
 
 def best_device(name: str = "auto") -> torch.device:

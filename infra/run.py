@@ -19,7 +19,6 @@ training states and hf/. All ranks call all methods; rank 0 writes.
 
 import contextlib
 import json
-import math
 import os
 import platform
 import shutil
@@ -42,6 +41,7 @@ from infra.checkpoint import (
     load_state,
     newest_state,
     state_bytes,
+    states_kept,
 )
 from infra.distributed import (
     all_gather_objects,
@@ -186,9 +186,9 @@ class Run:
         """Say how much of the disk the states of this run will take, if that is much."""
         if not self.trained:
             return
-        size = state_bytes(self.trained)
-        to_come = math.ceil((self.total - self.step) / self.settings.save_every)
-        kept = min(to_come, self.settings.keep or to_come)
+        size = state_bytes(self.trained.tensors)
+        c = self.settings
+        kept = states_kept(self.total - self.step, c.save_every, c.keep)
         free = shutil.disk_usage(self.folder).free
         if kept * size < min(10**10, free / 2):
             return

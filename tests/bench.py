@@ -279,17 +279,20 @@ def post(side: str, stage: str, model: str, steps: int = 12) -> dict:
 
 
 def plan_against_published() -> None:
-    """What the published speeds say of the plan's two constants, and how far off the plan is. Layouts: the recipes'."""
+    """What the published speeds say of the plan's constants, and how far off the plan is. Layouts: the recipes'."""
     from model import SIZES
-    from plan import COLLECTIVES, PUBLISHED, Plan, read_settings, seconds_of
+    from plan import COLLECTIVES, PUBLISHED, Plan, read_settings
 
     for size, (gpus, speed) in PUBLISHED.items():
         c = read_settings(["--size", size, "--gpus", str(gpus)])
-        step, tokens = Plan(SIZES[size], c).step(), c.batch * c.seq_len / gpus
-        seconds, planned = tokens / speed, tokens / max(seconds_of(step))
+        plan = Plan(SIZES[size], c)
+        step, tokens = plan.step(), c.batch * c.seq_len / gpus
+        seconds, planned = tokens / speed, tokens / max(plan.seconds(step))
+        efficiency = step["FLOPs"] / seconds / plan.cluster.gpu.peak
+        sent = sum(step[kind] for kind in COLLECTIVES) / seconds
         print(
-            f"{size:>4}: published {speed:,} tokens/s/GPU, a step in {seconds:.3f} s: efficiency {step['FLOPs'] / seconds / 989e12:.3f}, at least "
-            f"{sum(step[kind] for kind in COLLECTIVES) / seconds / 1e9:.1f} GB/s; planned {planned:,.0f}, {planned / speed - 1:+.1%}"
+            f"{size:>4}: published {speed:,} tokens/s/GPU, a step in {seconds:.3f} s: efficiency {efficiency:.3f}, at least "
+            f"{sent / 1e9:.1f} of the planned {plan.cluster.bus(plan.layout.shard) / 1e9:.0f} GB/s; planned {planned:,.0f}, {planned / speed - 1:+.1%}"
         )
 
 

@@ -20,10 +20,10 @@ MOST_NODES = 50  # in any of them
 
 # From the ground up: a file imports only from its own floor and from those below. So infra/ has
 # never heard of a transformer, and tasks/ has never seen a model.
-FLOORS = """infra.__init__ infra.files infra.settings infra.distributed infra.sharding infra.hub
-infra.download infra.checkpoint infra.kept infra.metrics infra.run tokenizer tasks decode shape
-model documents tokenfiles lists data recipes likelihood released servers answers sample eval
-pretrain soup anneal rollouts sft dpo rlvr posttrain plan compare""".split()
+FLOORS = """infra.__init__ infra.files infra.gpus infra.settings infra.distributed infra.sharding
+infra.hub infra.download infra.checkpoint infra.kept infra.metrics infra.run tokenizer tasks decode
+shape model documents tokenfiles lists data recipes likelihood released servers answers sample eval
+pretrain soup counting anneal rollouts sft dpo rlvr posttrain plan compare""".split()
 
 # Kinds of nodes, by their names in https://docs.python.org/3/library/ast.html
 SIMPLE = "Assign AugAssign AnnAssign Return Expr Raise Assert Delete".split()

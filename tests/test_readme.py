@@ -33,6 +33,7 @@ STAGES = ["sft", "prefs", "rm", "dpo", "ppo", "grpo"]
 # The house from the ground up: a file imports only from floors below its own.
 FLOORS = [
     ["infra.files"],
+    ["infra.gpus"],
     ["infra.settings", "infra.distributed", "infra.hub", "infra.download"],
     ["infra.sharding"],
     ["infra.checkpoint"],
@@ -67,6 +68,7 @@ FLOORS = [
     ["answers"],
     ["sample", "eval"],
     ["pretrain", "soup"],
+    ["counting"],
     ["anneal", "rollouts"],
     ["sft"],
     ["dpo"],
