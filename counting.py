@@ -104,11 +104,15 @@ class OpCounter(TorchDispatchMode):
         out = take_all(func, args)
         if out is None:
             out = func(*args, **kwargs)
+        may_grow = func._schema.is_mutable
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage() not in self.kind_of:
                 kind = "activations" if phase == "forward" else "temporaries"
-                self.kind_of.setdefault(leaf.untyped_storage(), [kind])
+                self.kind_of[leaf.untyped_storage()] = [kind]
+                may_grow = True
         self.count(func, args, kwargs, out)
+        if not may_grow:
+            return out
         # FSDP frees a gathered weight by resizing its storage, unseen here: sum it all anew.
         total = sum(storage.nbytes() for storage in self.kind_of)
         if total > self.peak[phase]:

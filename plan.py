@@ -329,19 +329,17 @@ def report_layout(plan: Plan) -> None:
         "mesh",
         f"{c.gpus:,} {c.gpu} in {nodes}: {replicas} x the weights, each sharded over {shard}",
     )
-    show("batch", describe_batch(plan))
+    show("batch", *describe_batch(plan))
 
 
-def describe_batch(plan: Plan) -> str:
+def describe_batch(plan: Plan) -> list[str]:
     """A step, and what of it a GPU has."""
     c = plan.c
     _, rows, micro_batch = astuple(plan.layout)
     if c.stage == "pretrain":
         tokens = c.batch * c.seq_len
-        return (
-            f"{c.batch} x {c.seq_len} = {tokens:,} tokens per step; per GPU "
-            f"{rows // micro_batch} x {micro_batch} instances"
-        )
+        of_gpu = f"{rows // micro_batch} x {micro_batch} instances"
+        return [f"{c.batch} x {c.seq_len} = {tokens:,} tokens per step; per GPU {of_gpu}"]
     if isinstance(c, SamplingSettings):
         rows_of_step = f"{c.prompts} x {c.samples} answers"
     else:
@@ -349,8 +347,8 @@ def describe_batch(plan: Plan) -> str:
         rows_of_step = count(c.batch, thing)
     text = f"{c.stage}, {rows_of_step} per step, of up to {plan.length:,} tokens"
     if c.stage == "prefs":
-        return text
-    return f"{text}; per GPU {rows:,} in an optimizer step, {micro_batch} at a time"
+        return [text]
+    return [text, f"in training {rows:,} per GPU and optimizer step, {micro_batch} at a time"]
 
 
 def count(number: int, thing: str) -> str:
@@ -407,7 +405,8 @@ def report_sampling(plan: Plan) -> None:
     answers = count(sampling.answers, "answer")
     show(
         "sampling",
-        f"{how}: with one answer, whole weights take {least:.1f} GiB, and {free:.1f} are free",
+        how,
+        f"whole weights and one answer take {least:.1f} GiB, and {free:.1f} GiB are free",
         f"{sampling.rows:,} of a GPU's {answers} at a time",
     )
     if not sampling.copy or sampling.rows < sampling.answers:

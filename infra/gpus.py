@@ -48,14 +48,14 @@ def find_gpu(device_name: str) -> GPU | None:
     """
     words = set(device_name.replace("-", " ").split())
     known = [name for name in GPUS if words.issuperset(name.split())]
-    return GPUS[max(known, key=len)] if known else None
+    longest = max(known, key=len, default="")
+    return GPUS.get(longest)
 
 
 def named_gpu(name: str) -> GPU:
     """The GPU that --gpu names. Raises UserError."""
-    if name not in GPUS:
-        raise UserError(
-            f"--gpu {name} is not known{did_you_mean(name.upper(), GPUS)}: name one of "
-            f"{', '.join(GPUS)}, whose numbers are in infra/gpus.py"
-        )
-    return GPUS[name]
+    if name in GPUS:
+        return GPUS[name]
+    hint = did_you_mean(name.upper(), GPUS)
+    known = ", ".join(GPUS)
+    raise UserError(f"--gpu {name} is not known{hint}: name one of {known} (infra/gpus.py)")
