@@ -15,7 +15,7 @@ import counting
 import plan as module
 import pretrain
 from counting import COLLECTIVES, KINDS
-from infra import gpus as gpu_table
+from infra import checkpoint, gpus as gpu_table
 from infra.checkpoint import state_bytes, state_tensors
 from infra.distributed import peak_flops
 from model import SIZES, OLMo2
@@ -280,8 +280,16 @@ def test_disk_host_and_days(capsys):
     assert (
         f"{(kept * state + weights) / 1e9:,.1f} GB: {kept} states of {state / 1e9:,.1f} GB" in out
     )
+    plan.c = dataclasses.replace(plan.c, keep=2)
+    module.report_run(plan, state, seconds)
+    assert (
+        f": 2 states of {state / 1e9:,.1f} GB (--save-every 700 --keep 2)"
+        in capsys.readouterr().out
+    )
     saved = module.host_bytes(plan, state)
     assert saved == pytest.approx(4 * weights)  # moments, twice, of a node that is a replica
+    plan.layout = dataclasses.replace(plan.layout, shard=4)
+    assert module.host_bytes(plan, state) == pytest.approx(saved)  # the other half has no more
     plan.layout = dataclasses.replace(plan.layout, shard=16)
     assert module.host_bytes(plan, state) == pytest.approx(saved / 2)
     plan.c = dataclasses.replace(plan.c, async_save=True)
@@ -356,5 +364,5 @@ def test_pairs_of_preferences_are_only_sampled(capsys):
 
 
 def test_docstrings():
-    for tested in (module, counting, gpu_table):
+    for tested in (module, counting, gpu_table, checkpoint):
         assert doctest.testmod(tested).failed == 0
