@@ -16,7 +16,7 @@ answers, which nobody knows before.
 import math
 import sys
 from collections import Counter
-from dataclasses import astuple, dataclass, make_dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -537,9 +537,12 @@ def stage_settings(stage: str, size: str, arguments: list[str]) -> ClusterSettin
     if "round" in flags_in(arguments):
         words += ["--round", str(read_round(arguments))]
     recipe, _ = resolve_settings(stage, words)
-    bases = (ClusterSettings, STAGES[stage])
-    both = make_dataclass("StagePlanSettings", [], bases=bases, frozen=True)
-    return both(**vars(recipe), stage=stage)
+
+    @dataclass(frozen=True)
+    class StagePlanSettings(ClusterSettings, STAGES[stage]):
+        """The stage's settings, and the cluster."""
+
+    return StagePlanSettings(**vars(recipe), stage=stage)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -319,6 +319,14 @@ def test_what_each_stage_trains(stage, models):
     assert twice["activations"] > 1.5 * memory["activations"] > 0
 
 
+@pytest.mark.parametrize("stage, words", [("grpo", "answers per prompt"), ("dpo", "pairs per")])
+def test_help_of_a_stage_explains_its_flags_and_the_cluster(stage, words, capsys):
+    with pytest.raises(SystemExit) as exit:
+        module.main(f"--stage {stage} --size 1B --help".split())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert exit.value.code == 0 and words in shown and "GPUs that share a node" in shown
+
+
 def test_pairs_are_two_sequences():
     pairs = planned("--stage dpo --size 190M --gpus 8 --micro-batch 1 --recompute 0")
     grpo = planned(
