@@ -55,7 +55,7 @@ USABLE = 0.9  # of a GPU's memory; the rest: CUDA, NCCL, fragmentation
 GIB = 2**30
 # GPUs (H100, bf16) and tokens/s/GPU, as published.
 PUBLISHED = {"1B": (128, 55_000), "7B": (512, 10_000), "13B": (256, 4_600), "32B": (1024, 1_800)}
-THRIFTY = "--micro-batch 1 --recompute 1 --recompute-part block --reshard --shard 0"
+THRIFTY = "--recompute 1 --recompute-part block --reshard --shard 0"
 
 # ------------------------------------------------------------------------------------------
 # Settings
@@ -149,8 +149,11 @@ def shape_of(c: PlanSettings) -> ModelConfig:
 # What a stage runs at a time
 
 
-def layout_of(c: PlanSettings) -> BatchLayout:
-    """How a step falls on the GPUs. In post-training nothing need divide the rows. UserError."""
+def layout_of(c: PlanSettings, shape: ModelConfig) -> BatchLayout:
+    """How a step falls on the GPUs. Raises UserError.
+
+    In post-training a micro-batch has --micro-tokens, so here as many of the longest rows.
+    """
     if c.stage == "pretrain":
         return batch_layout(c.batch, c.micro_batch, c.shard, c.gpus)
     shard = shard_size(c.shard, c.gpus)
@@ -161,7 +164,8 @@ def layout_of(c: PlanSettings) -> BatchLayout:
     else:
         check_divides("--batch", c.batch, c.gpus, f"{c.gpus} processes")
         rows = c.batch // c.gpus
-    return BatchLayout(shard, rows, min(c.micro_batch, rows))
+    fit = c.micro_tokens // (sequences_per_row(c.stage) * longest_sequence(c, shape))
+    return BatchLayout(shard, rows, min(max(1, fit), rows))
 
 
 def sequences_per_row(stage: str) -> int:
@@ -208,7 +212,7 @@ class Plan:
         self.shape = shape
         self.c = c
         self.cluster = make_cluster(c)
-        self.layout = layout_of(c)
+        self.layout = layout_of(c, shape)
         self.length = longest_sequence(c, shape)
         accumulates = self.layout.rows > self.layout.micro_batch
         rows = self.layout.micro_batch * sequences_per_row(c.stage)
@@ -370,13 +374,17 @@ def report_memory(plan: Plan) -> None:
     show_memory(plan, f"at the peak of training{note}", memory)
     largest = plan.largest_micro_batch()
     gib = plan.cluster.memory / USABLE / GIB
-    show("fits", f"largest --micro-batch within {USABLE:.0%} of {gib:g} GiB: {largest}")
+    flag, unit = "--micro-batch", 1
+    if c.stage != "pretrain":
+        flag, unit = "--micro-tokens", plan.length * sequences_per_row(c.stage)
+    show("fits", f"largest {flag} within {USABLE:.0%} of {gib:g} GiB: {largest * unit:,}")
     if largest:
         return
-    thrifty = Plan(plan.shape, parse_flags(c, THRIFTY.split(), __doc__))
+    least_flags = f"{flag} {unit} {THRIFTY}"
+    thrifty = Plan(plan.shape, parse_flags(c, least_flags.split(), __doc__))
     least = thrifty.memory(1, compiled).total()
     enough = "" if least <= plan.cluster.memory else ": take more GPUs, or larger ones"
-    show("", f"{THRIFTY} takes {least / GIB:.1f} GiB{enough}")
+    show("", f"{least_flags} takes {least / GIB:.1f} GiB{enough}")
 
 
 def show_memory(plan: Plan, when: str, memory: Counter) -> None:

@@ -14,6 +14,7 @@ import gpu_parts
 import pytest
 from conftest import ROOT, fails
 
+from counting import is_compiled
 from plan import GIB, Plan
 
 CHILD = """
@@ -144,6 +145,6 @@ def test_as_many_layers_of_the_7b_as_the_plan_says():
     c = gpu_parts.settings_of(True, "7B")
     layers = gpu_parts.layers_that_fit(c, 80 * GIB)
     plan = Plan(gpu_parts.shape_of(True, "7B", layers=layers), c)
-    assert plan.memory(c.micro_batch, c.compile).total() <= 0.9 * 80 * GIB
+    assert plan.memory(c.micro_batch, is_compiled(c)).total() <= 0.9 * 80 * GIB
     plan.shape = gpu_parts.shape_of(True, "7B", layers=layers + 1)  # what was counted serves both
-    assert plan.memory(c.micro_batch, c.compile).total() > 0.9 * 80 * GIB
+    assert plan.memory(c.micro_batch, is_compiled(c)).total() > 0.9 * 80 * GIB

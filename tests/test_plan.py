@@ -304,7 +304,7 @@ def test_disk_host_and_days(capsys):
 )
 def test_what_each_stage_trains(stage, models):
     """Weights, moments, gradients of each model; a frozen reference for GRPO and PPO, in bf16."""
-    plan = planned(f"--stage {stage} --size 190M --gpus 8 --micro-batch 1")
+    plan = planned(f"--stage {stage} --size 190M --gpus 8 --micro-tokens 1")
     memory = plan.memory(1, compiled=False)
     shape = SIZES["190M"]
     heads = counting.HEADS.get(stage, ("lm",))
@@ -328,9 +328,9 @@ def test_help_of_a_stage_explains_its_flags_and_the_cluster(stage, words, capsys
 
 
 def test_pairs_are_two_sequences():
-    pairs = planned("--stage dpo --size 190M --gpus 8 --micro-batch 1 --recompute 0")
+    pairs = planned("--stage dpo --size 190M --gpus 8 --micro-tokens 1 --recompute 0")
     grpo = planned(
-        "--stage grpo --size 190M --gpus 8 --micro-batch 2 --recompute 0"
+        "--stage grpo --size 190M --gpus 8 --micro-tokens 4096 --recompute 0"
         " --prompt-length 1024 --response-length 1024"
     )
     assert pairs.length == grpo.length == 2048
