@@ -410,8 +410,8 @@ def layers_that_fit(c: PlanSettings, free: int) -> int:
     one = replace(SIZES["7B"], layers=1)
     outside = one.vocab * one.d_model * 2  # embedding and head
     block = one.parameters["total"] - outside
-    # The embedding and the head are gathered in bf16, and so are their gradients, in fp32.
-    room = 0.9 * free - (16 + 2 + 4) * outside
+    # One of the two is gathered at a time, in bf16, and so is its gradient, in fp32.
+    room = 0.9 * free - (16 + (2 + 4) / 2) * outside
     return int(room / (16 * block + c.micro_batch * compiled_bytes(one, c, c.seq_len)))
 
 
