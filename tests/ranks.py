@@ -157,6 +157,25 @@ def show_collectives(rank: int) -> None:
     pretrain.all_reduce_when, pretrain.clip_gradients = begin, end
 
 
+def count_all_reduces(rank: int) -> None:
+    """No fault: at its end the rank prints how often replicas have added up a group's gradients."""
+    real, sizes = torch.distributed.all_reduce, []
+
+    def all_reduce(tensor, *arguments, **named):
+        sizes.append(tensor.numel())
+        return real(tensor, *arguments, **named)
+
+    torch.distributed.all_reduce = all_reduce
+    module = importlib.import_module("posttrain")
+    main = module.main
+
+    def counted(arguments):
+        main(arguments)
+        os.write(1, f"all-reduces {sum(size > 1000 for size in sizes)}\n".encode())
+
+    module.main = counted
+
+
 def uneven_rows(rank: int) -> None:
     """Rows of the global batch have very different numbers of targets; the same ones at any world size."""
     whole = pretrain.TokenData.batch

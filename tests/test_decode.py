@@ -119,6 +119,7 @@ def test_on_a_gpu_what_is_free_decides_how_many_rows_there_are(monkeypatch):
         rows = module.rows_that_fit(model, 4096)
         one = 2 * config.layers * config.kv_heads * config.head_dim * 2 * 4096
         assert rows * one <= (free + 3 * 2**30) // 3 < (rows + 1) * one
+        assert module.whole_copy_fits(model, 4096) == (size != "32B")  # of 63 GiB
         tokens = likelihood.batch_tokens(model)
         assert tokens == min(2**16, 21 * 2**30 * 4096 // one)
     assert infra.distributed.weights_dtype("auto", torch.device("cuda")) == torch.bfloat16

@@ -1128,6 +1128,21 @@ def test_rollouts_and_steps_are_the_same_on_any_number_of_ranks(
             assert (weight - weights[world][name]).abs().mean() < 1e-6
 
 
+@pytest.mark.parametrize("stage", ["sft", "dpo", "grpo", "ppo"])
+def test_replicas_add_up_their_gradients_once_a_step(here, base, pairs, stage):
+    """However many micro-batches there are: the groups of weights are the blocks, the embedding and the head."""
+    flags = [*flags_of(stage, base, pairs), *QUICK, "--steps", "1", "--micro-tokens", "1"]
+    flags += ["--shard", "1", "--quiz", "--init", base]
+    flags += {"grpo": ["--minibatches", "1"], "ppo": ["--passes", "1"]}.get(stage, [])
+    flags += ["--val"] if stage in ("sft", "dpo") else []
+    arguments = [stage, *flags, "--out", f"runs/replicas-{stage}"]
+    statuses, log = launch(2, arguments, "count_all_reduces", script="posttrain")
+    assert statuses == [0, 0], log
+    layers = OLMo2.load(base).config.layers
+    groups = layers + 2 + (layers + 1 if stage == "ppo" else 0)  # a value model's head is small
+    assert log.count(f"all-reduces {groups}\n") == 2, re.findall("all-reduces.*", log)
+
+
 def test_answers_may_take_longer_than_a_rank_is_waited_for(here, base, pairs):
     flags = [*flags_of("grpo", base, pairs), *QUICK, "--timeout", "5", "--steps", "1"]
     arguments = ["grpo", *flags, "--out", "runs/slow-answers"]
