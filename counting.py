@@ -246,9 +246,8 @@ def fake_cluster(gpus: int) -> Iterator[None]:
     """So many ranks, of which this process is the first and the others are not there."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    # ChunkedLoss asks if two gradients are one tensor; the scores of a value model are a view.
+    # ChunkedLoss asks if two gradients are one tensor.
     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module")
     chunk = ChunkedLoss.CHUNK["cpu"]
     ChunkedLoss.CHUNK["cpu"] = ChunkedLoss.CHUNK["cuda"]
     distributed.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())

@@ -462,7 +462,8 @@ class Head(nn.Linear):
 
     def scores(self, hidden: Tensor) -> Tensor:
         """The logits of a head with one column, computed in fp32: [...]."""
-        return (hidden.float() @ self.weight.float().T)[..., 0]
+        # A copy: FSDP warns of views, whose changes in place it would not see.
+        return (hidden.float() @ self.weight.float().T)[..., 0].clone()
 
     def new_zeros(self, shape: tuple[int, ...]) -> Tensor:
         """Zeros on the device and in the dtype in which a forward computes, sharded or not."""

@@ -44,6 +44,7 @@ from infra.distributed import (
     weights_dtype,
 )
 from infra.files import UserError, first_line
+from likelihood import say_once
 from shape import write_config
 
 IN_FLIGHT = 64  # requests at a time of a process to each server
@@ -101,8 +102,9 @@ class Servers:
         lines = []
         for url in self.urls:
             version = self.ask(url, "GET", "/version").get("version", "unknown")
-            models = {card["id"]: card for card in self.ask(url, "GET", "/v1/models")["data"]}
-            name = self.name or next(iter(models))
+            cards = self.ask(url, "GET", "/v1/models").get("data", [])
+            models = {card["id"]: card for card in cards}
+            name = self.name or next(iter(models), "")
             if name not in models or (not self.name and len(models) > 1):
                 raise UserError(
                     f"{url} serves {', '.join(models)}: name one of them with --rollouts-model"
@@ -272,7 +274,12 @@ class Servers:
                 if isinstance(error, httpx.InvalidURL | httpx.UnsupportedProtocol):
                     raise UserError(f"--rollouts {url}: {problem}") from None
             if time.monotonic() + pause > give_up:
-                raise UserError(f"no answer from the vLLM server at {url} ({problem})")
+                raise UserError(
+                    f"no answer from the vLLM server at {url} ({problem}): start it, or name "
+                    "another with --rollouts"
+                )
+            if pause > 1 and rank_and_world()[0] == 0:
+                say_once(f"waiting for the vLLM server at {url} ({problem})")
             time.sleep(pause)
 
     def parse(self, url: str, path: str, reply) -> dict:
@@ -298,6 +305,7 @@ def serve_model(urls: tuple[str, ...], path: str, name: str = "") -> Servers:
         raise UserError(f"{path} is a training state, which vLLM cannot read: name its run")
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     version = hashlib.sha256(repr((str(weights.resolve()), stats)).encode()).hexdigest()[:12]
+    Servers(urls, weights, name, patience=10).check()  # who waits at a terminal hears of it soon
     servers = Servers(urls, weights, name)
     print(f"answers are sampled by {servers.check()}", file=sys.stderr)
     servers.go_to(Policy(weights.resolve(), version))

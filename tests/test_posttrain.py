@@ -1141,6 +1141,7 @@ def test_replicas_add_up_their_gradients_once_a_step(here, base, pairs, stage):
     layers = OLMo2.load(base).config.layers
     groups = layers + 2 + (layers + 1 if stage == "ppo" else 0)  # a value model's head is small
     assert log.count(f"all-reduces {groups}\n") == 2, re.findall("all-reduces.*", log)
+    assert "Warning" not in log
 
 
 def test_answers_may_take_longer_than_a_rank_is_waited_for(here, base, pairs):
