@@ -45,7 +45,6 @@ from sft import (
     begin_stage,
     connect_servers,
     count_tokens,
-    end_sampling,
     finish_stage,
     held_out_rows,
     instruct_tokenizer,
@@ -193,7 +192,7 @@ def train_dpo(c: DPOSettings, run: Run) -> None:
     held_out = HeldOut(tokenizer, val, questions)
     steps = number_of_steps(c, len(pairs), c.batch, c.epochs)
     model = load_model(c, c.init, run, longest=c.max_length)
-    model.servers = connect_servers(c)
+    model.servers = connect_servers(c, run)
     optimizer = make_optimizer(model, c)
     score = functools.partial(dpo_scores, model, c.normalize)
     # [2, pairs]: now, a state may replace the weights
@@ -239,7 +238,7 @@ def train_dpo(c: DPOSettings, run: Run) -> None:
             run.save()
         if run.evaluation_due():
             evaluate()
-    finish_stage(run, model)
+    finish_stage(run)
 
 
 def dpo_scores(model: OLMo2, normalize: bool, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -298,7 +297,7 @@ def train_reward_model(c: RewardModelSettings, run: Run) -> None:
             run.save()
         if run.evaluation_due():
             evaluate()
-    finish_stage(run, model)
+    finish_stage(run)
 
 
 def reward_scores(model: OLMo2, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -404,7 +403,7 @@ def make_preference_pairs(c: PrefsSettings, run: Run) -> None:
     splits = read_splits(c, tokenizer)
     longest = c.prompt_length + c.response_length
     model = load_model(c, c.init, run, longest, frozen=True)
-    model.servers = connect_servers(c, longest)
+    model.servers = connect_servers(c, run, longest)
     judge = load_judge(c, run, longest) if c.judge else None
     weights = [checksum(dict(m.named_parameters())) for m in (model, judge) if m]
     prompts = list(itertools.chain.from_iterable(splits.values()))
@@ -426,7 +425,6 @@ def make_preference_pairs(c: PrefsSettings, run: Run) -> None:
         run.all_sum()  # no sums, but news of signals
         run.log(0, skipped=False, pairs=len(rows) / len(part.prompts))
         on_rank_zero(part.write, rows)  # the last: what is there is not made again
-    end_sampling(model)
     run.exit_if_stopped()
     on_rank_zero(merge_parts, merged, parts)
     if not (run.folder / "train.jsonl").stat().st_size:

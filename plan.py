@@ -304,12 +304,14 @@ def report(c: PlanSettings) -> None:
     if c.stage == "prefs":
         report_sampling(plan)
         return
-    report_memory(plan)
+    fits = report_memory(plan)
     step = plan.step()
     seconds = 0.0
-    if c.stage == "pretrain":
+    if c.stage == "pretrain" and fits:
         seconds = max(plan.seconds(step))
         report_time(plan, step)
+    elif c.stage == "pretrain":
+        show("time", "none for what does not fit: plan again with what does")
     else:
         report_sampling(plan)
     report_run(plan, step["state"], seconds)
@@ -359,8 +361,8 @@ def count(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
-def report_memory(plan: Plan) -> None:
-    """Print what takes memory at the peak of training, and what fits."""
+def report_memory(plan: Plan) -> bool:
+    """Print what takes memory at the peak of training, and what fits. Does this?"""
     c = plan.c
     compiled = is_compiled(c)
     memory = plan.memory(plan.layout.micro_batch, compiled)
@@ -374,19 +376,21 @@ def report_memory(plan: Plan) -> None:
         flag, unit = "--micro-tokens", plan.length * sequences_per_row(c.stage)
     show("fits", f"largest {flag} within {USABLE:.0%} of {gib:g} GiB: {largest * unit:,}")
     if largest:
-        return
+        return memory.total() <= plan.cluster.memory
     least_flags = f"{flag} {unit} {THRIFTY}"
     thrifty = Plan(plan.shape, parse_flags(c, least_flags.split(), __doc__))
     least = thrifty.memory(1, compiled).total()
     enough = "" if least <= plan.cluster.memory else ": take more GPUs, or larger ones"
     show("", f"{least_flags} takes {least / GIB:.1f} GiB{enough}")
+    return False
 
 
 def show_memory(plan: Plan, when: str, memory: Counter) -> None:
     """Print the bytes by kind, and whether they fit."""
     total = memory.total()
     warning = ": DOES NOT FIT" if total > plan.cluster.memory else ""
-    show("memory", f"{total / GIB:.1f} GiB per GPU {when}{warning}")
+    usable = f"of {plan.cluster.memory / GIB:.1f} that may be used"
+    show("memory", f"{total / GIB:.1f} GiB per GPU {when}, {usable}{warning}")
     for kind, n_bytes in memory.items():
         if n_bytes:
             show("", f"{kind:20}{n_bytes / GIB:8.2f} GiB")
@@ -399,7 +403,14 @@ def report_sampling(plan: Plan) -> None:
         return
     sampling = plan.sampling()
     if not sampling:
-        show("sampling", "servers write the answers, and it takes nothing here")
+        weights = 2 * plan.shape.parameters["total"] / GIB
+        row = plan.shape.cache_bytes(plan.length, 2) / GIB
+        show(
+            "sampling",
+            "servers write the answers, and it takes nothing here",
+            f"the GPUs of a server share {weights:.1f} GiB of weights, and {row:.2f} GiB for each "
+            "answer at a time",
+        )
         return
     show_memory(plan, "while answers are written", sampling.memory)
     least = plan.shape.sampling_bytes(plan.length) / GIB

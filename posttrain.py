@@ -310,7 +310,13 @@ def settings_of_recipe(c: RecipeSettings, stage: str, number: int, base: str) ->
 def run_stage(stage: str, c: StageSettings, origin: dict[str, str]) -> None:
     """Run one stage from its beginning, or from where it was stopped, to its end."""
     with open_run(stage, c, origin) as run:
-        TRAINERS[stage](c, run)
+        try:
+            TRAINERS[stage](c, run)
+        except UserError as error:
+            # Servers may have gone, and all ranks know it; what is trained is whole.
+            if c.rollouts and getattr(error, "everywhere", False):
+                run.save_what_is_done()
+            raise
 
 
 # ------------------------------------------------------------------------------------------

@@ -307,7 +307,7 @@ def train_grpo(c: GRPOSettings, run: Run) -> None:
     steps = number_of_steps(c, len(prompts), c.prompts)
     longest = c.prompt_length + c.response_length
     model = load_model(c, c.init, run, longest)
-    model.servers = connect_servers(c, longest)
+    model.servers = connect_servers(c, run, longest)
     reference = load_model(c, c.init, run, longest, frozen=True)
     optimizer = make_optimizer(model, c)
     begin_stage(c, run, what_is_trained(model, optimizer, tokenizer), prompts, c.prompts, steps)
@@ -354,7 +354,7 @@ def train_grpo(c: GRPOSettings, run: Run) -> None:
             run.save()
         if run.evaluation_due():
             record_eval(c, run, model, held_out, {})
-    finish_stage(run, model)
+    finish_stage(run)
 
 
 # ------------------------------------------------------------------------------------------
@@ -370,7 +370,7 @@ def train_ppo(c: PPOSettings, run: Run) -> None:
     steps = number_of_steps(c, len(prompts), c.prompts)
     longest = c.prompt_length + c.response_length
     model = load_model(c, c.init, run, longest)
-    model.servers = connect_servers(c, longest)
+    model.servers = connect_servers(c, run, longest)
     reference = load_model(c, c.init, run, longest, frozen=True)
     value = load_model(c, c.value, run, longest, head="score")
     optimizer = make_optimizer(model, c)
@@ -427,7 +427,7 @@ def train_ppo(c: PPOSettings, run: Run) -> None:
             run.save()
         if run.evaluation_due():
             record_eval(c, run, model, held_out, {})
-    finish_stage(run, model)
+    finish_stage(run)
 
 
 def with_value_model(trained: Trained, value: OLMo2, optimizer: torch.optim.Optimizer) -> Trained:

@@ -53,6 +53,10 @@ PAUSES = (0.1, 0.5, 1, 2, 5, 10)  # seconds before another try; the last one aga
 BUSY = (429, 502, 503, 504)  # of a server that starts, or has too much to do
 
 
+class ServerGone(UserError):
+    """A server does not answer, and the patience is over."""
+
+
 class StaleWeights(Exception):
     """An answer of other weights than those that were sent: the server has started anew."""
 
@@ -146,10 +150,12 @@ class Servers:
         reload = {"method": "reload_weights", "kwargs": {"weights_path": str(policy.folder)}}
         try:
             self.ask(url, "POST", "/collective_rpc", reload)
+        except ServerGone:
+            raise
         except UserError as error:
             raise UserError(
-                f"{url} did not take the weights: it must run with VLLM_SERVER_DEV_MODE=1, see "
-                f"{policy.folder} (--rollouts-folder), and serve a model of this shape; {error}"
+                f"{url} did not take the weights: it must run with VLLM_SERVER_DEV_MODE=1, find "
+                f"the folder {policy.folder}, and serve a model of this shape; {error}"
             ) from None
         # Keys and values of the old weights; requests that run would keep theirs.
         reset = "/reset_prefix_cache?reset_running_requests=true"
@@ -164,8 +170,9 @@ class Servers:
                 self.load(url, self.policy)
 
     def close(self) -> None:
-        """Remove the folder of the weights. All ranks call it."""
-        on_rank_zero(shutil.rmtree, self.folder, True)
+        """Remove the folder of the weights."""
+        if rank_and_world()[0] == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     # ---- answers
 
@@ -274,12 +281,14 @@ class Servers:
                 if isinstance(error, httpx.InvalidURL | httpx.UnsupportedProtocol):
                     raise UserError(f"--rollouts {url}: {problem}") from None
             if time.monotonic() + pause > give_up:
-                raise UserError(
-                    f"no answer from the vLLM server at {url} ({problem}): start it, or name "
-                    "another with --rollouts"
+                raise ServerGone(
+                    f"no answer from the vLLM server at {url} for {self.patience:g} s ({problem}): "
+                    "start it, or name another with --rollouts"
                 )
             if pause > 1 and rank_and_world()[0] == 0:
-                say_once(f"waiting for the vLLM server at {url} ({problem})")
+                say_once(
+                    f"waiting for the vLLM server at {url}, {self.patience:g} s at most: {problem}"
+                )
             time.sleep(pause)
 
     def parse(self, url: str, path: str, reply) -> dict:
@@ -307,8 +316,9 @@ def serve_model(urls: tuple[str, ...], path: str, name: str = "") -> Servers:
     version = hashlib.sha256(repr((str(weights.resolve()), stats)).encode()).hexdigest()[:12]
     Servers(urls, weights, name, patience=10).check()  # who waits at a terminal hears of it soon
     servers = Servers(urls, weights, name)
-    print(f"answers are sampled by {servers.check()}", file=sys.stderr)
+    where = servers.check()
     servers.go_to(Policy(weights.resolve(), version))
+    print(f"{path} samples on {where}, which keeps its weights", file=sys.stderr)
     return servers
 
 

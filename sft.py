@@ -207,7 +207,7 @@ def train_sft(c: SFTSettings, run: Run) -> None:
     )
     steps = number_of_steps(c, len(rows), c.batch, c.epochs)
     model = load_model(c, c.init, run, longest=c.max_length)
-    model.servers = connect_servers(c)
+    model.servers = connect_servers(c, run)
     optimizer = make_optimizer(model, c)
     begin_stage(c, run, what_is_trained(model, optimizer, tokenizer), rows, c.batch, steps)
     if run.evaluation_owed(steps):
@@ -239,7 +239,7 @@ def train_sft(c: SFTSettings, run: Run) -> None:
             run.save()
         if run.evaluation_due():
             evaluate_sft(c, run, model, held_out)
-    finish_stage(run, model)
+    finish_stage(run)
 
 
 def read_sft_rows(c: SFTSettings, tokenizer: Tokenizer) -> list[tuple[Example]]:
@@ -369,7 +369,7 @@ def check_shape(path: str, config: ModelConfig, longest: int, head: str) -> None
         )
 
 
-def connect_servers(c: StageSettings, longest: int = 0) -> Servers | None:
+def connect_servers(c: StageSettings, run: Run, longest: int = 0) -> Servers | None:
     """The servers of --rollouts, when all of them answer; None without any. All ranks call it.
 
     longest: tokens of a row that they must take. Raises UserError.
@@ -381,6 +381,7 @@ def connect_servers(c: StageSettings, longest: int = 0) -> Servers | None:
     run_id = hashlib.sha256(bytes(out)).hexdigest()[:8]
     folder = Path(c.rollouts_folder or out).resolve() / f"policy-{run_id}"
     servers = Servers(c.rollouts, folder, c.rollouts_model, c.rollouts_timeout)
+    run.on_close.append(servers.close)
     print(f"rollouts  {run_on_all_ranks(servers.check, longest)}; weights by {folder}", flush=True)
     return servers
 
@@ -470,7 +471,7 @@ def deal_rows(lengths: list[int], budget: int, world: int) -> list[list[int]]:
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     rounds = []
     while order:
-        each = min(max(1, budget // lengths[order[0]]), len(order) // world)
+        each = max(1, budget // lengths[order[0]])
         rounds.append(order[: each * world])
         order = order[each * world :]
     return rounds
@@ -617,15 +618,8 @@ def record_eval(
     print(f"          sample: {asked[-200:]!r} -> {answer!r}", flush=True)
 
 
-def end_sampling(model: OLMo2) -> None:
-    """Remove what servers were given."""
-    if model.servers:
-        model.servers.close()
-
-
-def finish_stage(run: Run, model: OLMo2) -> None:
+def finish_stage(run: Run) -> None:
     """Draw the curves, end the process if it was stopped, and say where the results are."""
-    end_sampling(model)
     on_rank_zero(plot_run, run.folder)
     run.exit_if_stopped()
     run.renew_weights()

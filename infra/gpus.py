@@ -54,8 +54,9 @@ def find_gpu(device_name: str) -> GPU | None:
 
 def named_gpu(name: str) -> GPU:
     """The GPU that --gpu names. Raises UserError."""
-    if name in GPUS:
-        return GPUS[name]
+    for known, gpu in GPUS.items():
+        if known.upper() == name.upper():
+            return gpu
     hint = did_you_mean(name.upper(), GPUS)
     known = ", ".join(GPUS)
     raise UserError(f"--gpu {name} is not known{hint}: name one of {known} (infra/gpus.py)")

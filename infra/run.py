@@ -100,10 +100,12 @@ class Run:
         self.sums: dict[str, Tensor] = {}
         self.skipped_in_a_row = 0
         self.saved = False  # there is a state
+        self.saved_step = 0  # steps that the newest one has
         self.name_batch: Callable[[int], str] = lambda step: ""  # for the error of skipped steps
         self.metrics: MetricsFile | None = None
         self.saver: Saver | None = None
         self.trained: Trained | None = None  # None: a stage that saves no states
+        self.on_close: list[Callable[[], None]] = []  # what else this rank does at the end
 
     # ---- enter, resume
 
@@ -126,6 +128,7 @@ class Run:
         state = load_state(self.resumed_from, trained) if self.saved else {}
         self.saved_by = state.get("world", 1) if state else self.world  # processes
         self.begin(state.get("step", 0), state.get("tokens", 0))
+        self.saved_step = self.step
         lost = state.get("rows", 0) - self.metrics.n_before_state
         if lost > 0 and self.rank == 0:
             print(f"{self.folder}/metrics.jsonl has lost {lost:,} rows", file=sys.stderr)
@@ -273,10 +276,18 @@ class Run:
         """Save a training state, with what else `state` holds, and renew hf/. Raises UserError."""
         self.metrics.sync()
         self.saved = True
+        self.saved_step = self.step
         wait = self.stop or self.step == self.total
         counts = {"step": self.step, "tokens": self.tokens, "world": self.world}
         counts["rows"] = self.metrics.n_rows  # nothing else can tell that some are lost
         self.saver.save({**counts, **state}, self.trained, wait)
+
+    def save_what_is_done(self) -> None:
+        """Save the steps that are done, before an error that all ranks have met ends the run."""
+        if self.trained and self.step > self.saved_step:
+            self.stop = True  # wait for the end of the save
+            self.save()
+            print(f"saved at step {self.step}: the same command goes on from there", flush=True)
 
     # ---- the end
 
@@ -303,6 +314,8 @@ class Run:
 
     def close(self) -> None:
         """Close what is open; also after an error."""
+        for work in self.on_close:
+            work()
         if self.saver:
             self.saver.thread.shutdown()
         if self.metrics:

@@ -159,10 +159,11 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = read_options(arguments)
     began = time.monotonic()
-    dry = options.dry or not torch.cuda.is_available()
+    dry = options.dry
+    if not (dry or torch.cuda.is_available()):
+        raise UserError("there is no GPU here: --dry runs it with a tiny model on the CPU")
     if dry:
-        why = "" if options.dry else "there is no GPU here: "
-        print(f"{why}a dry run with a tiny model on the CPU; no figure counts", flush=True)
+        print("a dry run with a tiny model on the CPU; no figure counts", flush=True)
     path = Path(options.out)
     report = open_report(path, describe(dry))
     write_json(path, report)  # whether it can be written must be known now

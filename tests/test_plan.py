@@ -150,7 +150,7 @@ def test_it_suggests_the_largest_micro_batch(capsys):
         ),
         ("--gpus 0", "--gpus 0 must be at least 1"),
         ("--recompute 1.5", "--recompute 1.5 must be from 0 to 1"),
-        ("--gpu h100", "--gpu h100 is not known, did you mean H100?"),
+        ("--gpu h1000", "--gpu h1000 is not known, did you mean H100?"),
         ("--gpu abacus", "--gpu abacus is not known: name one of H100, "),
         ("--stage grop", "--stage grop is not known, did you mean grpo?"),
         ("--stage anneal", "stage 2 (anneal.py) takes what pretrain takes"),

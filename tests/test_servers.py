@@ -25,6 +25,7 @@ import posttrain
 import rollouts
 import sample
 from data import get_tokenizer
+from infra.checkpoint import list_states
 from infra.files import UserError
 from infra.metrics import read_metrics
 from model import SIZES, OLMo2
@@ -229,6 +230,27 @@ def test_a_server_that_starts_anew_gets_the_weights_again(here, policy, server, 
     posttrain.main(grpo(policy, "runs/restarted", "--rollouts", server.url))
     assert steps_of("runs/restarted") == steps_of("runs/calm")
     assert len(asked(server, "/collective_rpc")) > 3 + 1
+
+
+def test_a_run_whose_server_is_gone_saves_and_goes_on_later(
+    here, policy, server, row_by_row, capsys
+):
+    posttrain.main(grpo(policy, "runs/quiet"))
+    count = []
+
+    def gone(path, reply):
+        count.append(path)
+        return 503 if count.count("/inference/v1/generate") > 20 else None
+
+    server.fault = gone
+    flags = grpo(policy, "runs/gone", "--rollouts", server.url, "--rollouts-timeout", "4")
+    error = fails(posttrain.main, flags, capsys)
+    assert "no answer from the vLLM server" in error and "VLLM_SERVER_DEV_MODE" not in error
+    assert [state.name.split("-")[0] for state in list_states(Path("runs/gone"))] == ["step1"]
+    assert not list(Path("runs/gone").glob("policy-*"))
+    server.fault = None
+    posttrain.main(flags)
+    assert steps_of("runs/gone") == steps_of("runs/quiet")
 
 
 def test_a_server_that_is_away_for_a_while_is_waited_for(policy, server, tmp_path):
