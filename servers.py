@@ -1,7 +1,7 @@
 """vLLM servers that sample in the place of a training process, for models that fill its GPUs.
 
-    VLLM_SERVER_DEV_MODE=1 vllm serve runs/32B/dpo/hf --logprobs-mode processed_logprobs \
-        --host 127.0.0.1
+    VLLM_SERVER_DEV_MODE=1 vllm serve runs/32B/dpo/hf --enable-scale-out \
+        --logprobs-mode processed_logprobs --host 127.0.0.1
     python posttrain.py grpo --size 32B --rollouts http://127.0.0.1:8000
 
 What this teaches: how a policy in training and an engine that samples stay one model. The weights
@@ -72,19 +72,19 @@ class Policy:
 class Servers:
     """Some vLLM servers with the same weights. All ranks have one, with the same urls."""
 
-    def __init__(self, urls: tuple[str, ...], folder: Path, name: str = "", patience: float = 1800):
-        """urls: as http://node1:8000. folder: for weights alone, seen here and by the servers.
+    def __init__(self, urls: tuple[str, ...], name: str = "", patience: float = 1800):
+        """urls: as http://node1:8000. name: of the model on the servers; none: the only one.
 
-        name: of the model on the servers; none: the only one. patience: seconds until a server that
-        does not answer counts as gone. A key is taken from VLLM_API_KEY.
+        patience: seconds until a server that does not answer counts as gone. A key is taken from
+        VLLM_API_KEY.
         """
         import httpx
 
         self.urls = [url.rstrip("/").removesuffix("/v1") for url in urls]
-        self.folder = folder
         self.name = name
         self.patience = patience
         self.policy: Policy | None = None
+        self.folder: Path | None = None  # of `update`: for weights alone, seen by the servers, too
         self.loading = {url: threading.Lock() for url in self.urls}
         self.context = 0  # tokens of a row that all servers take
         key = os.environ.get("VLLM_API_KEY")
@@ -130,10 +130,9 @@ class Servers:
         version = checksum(dict(model.named_parameters()))
         if self.policy and self.policy.version == version:
             return
-        folder = self.folder / version
-        write_policy(folder, model)
-        self.go_to(Policy(folder, version))
-        on_rank_zero(remove_others, folder)
+        write_policy(self.folder / version, model)
+        self.go_to(Policy(self.folder / version, version))
+        on_rank_zero(remove_others, self.policy.folder)
 
     def go_to(self, policy: Policy) -> None:
         """Let all servers load a policy; rank 0 asks them, and the others wait."""
@@ -168,11 +167,6 @@ class Servers:
         with self.loading[url]:
             if self.ask(url, "GET", "/weight_info").get("weight_version") != self.policy.version:
                 self.load(url, self.policy)
-
-    def close(self) -> None:
-        """Remove the folder of the weights."""
-        if rank_and_world()[0] == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     # ---- answers
 
@@ -314,8 +308,8 @@ def serve_model(urls: tuple[str, ...], path: str, name: str = "") -> Servers:
         raise UserError(f"{path} is a training state, which vLLM cannot read: name its run")
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     version = hashlib.sha256(repr((str(weights.resolve()), stats)).encode()).hexdigest()[:12]
-    Servers(urls, weights, name, patience=10).check()  # who waits at a terminal hears of it soon
-    servers = Servers(urls, weights, name)
+    Servers(urls, name, patience=10).check()  # who waits at a terminal hears of it soon
+    servers = Servers(urls, name)
     where = servers.check()
     servers.go_to(Policy(weights.resolve(), version))
     print(f"{path} samples on {where}, which keeps its weights", file=sys.stderr)
@@ -359,6 +353,12 @@ def finish_folder(tmp: Path, folder: Path, model: nn.Module, dtype: torch.dtype)
     write_config(tmp, model.config, dtype)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(tmp, folder)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove the folder of the weights, with all that is in it; rank 0 does."""
+    if rank_and_world()[0] == 0:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_others(folder: Path) -> None:

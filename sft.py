@@ -71,7 +71,7 @@ from rollouts import (
     score_completions,
     write_answers,
 )
-from servers import Servers
+from servers import Servers, remove_folder
 from shape import ModelConfig, read_config
 from tasks.conversations import (
     Example,
@@ -379,10 +379,11 @@ def connect_servers(c: StageSettings, run: Run, longest: int = 0) -> Servers | N
     out = Path(c.out).resolve()
     # Its name is the run's own, as it is removed at the end with all that is in it.
     run_id = hashlib.sha256(bytes(out)).hexdigest()[:8]
-    folder = Path(c.rollouts_folder or out).resolve() / f"policy-{run_id}"
-    servers = Servers(c.rollouts, folder, c.rollouts_model, c.rollouts_timeout)
-    run.on_close.append(servers.close)
-    print(f"rollouts  {run_on_all_ranks(servers.check, longest)}; weights by {folder}", flush=True)
+    servers = Servers(c.rollouts, c.rollouts_model, c.rollouts_timeout)
+    servers.folder = Path(c.rollouts_folder or out).resolve() / f"policy-{run_id}"
+    run.on_close.append(functools.partial(remove_folder, servers.folder))
+    where = run_on_all_ranks(servers.check, longest)
+    print(f"rollouts  {where}; weights by {servers.folder}", flush=True)
     return servers
 
 

@@ -461,7 +461,7 @@ def local_part(tensor: Tensor) -> tuple[Tensor, int]:
 
 @torch.no_grad()
 def checksum(tensors: dict[str, Tensor]) -> str:
-    """12 hex digits of the bits of fp32 tensors, the same at any world size and sharding.
+    """12 hex digits of the bits of tensors in fp32, the same at any world size and sharding.
 
     Per tensor: the sum over elements of bits x (2 index + 1), modulo 2^64, so that swapped values
     show. Shards add up over the mesh; each replica makes its own checksum, and `self_check`
@@ -487,7 +487,7 @@ def sum_of_bits(tensor: Tensor) -> Tensor:
     part, start = local_part(tensor)
     total = torch.zeros((), dtype=torch.int64, device=part.device)
     for i in range(0, part.numel(), 2**22):  # a piece at a time
-        bits = part.reshape(-1)[i : i + 2**22].view(torch.int32).long()
+        bits = part.reshape(-1)[i : i + 2**22].float().view(torch.int32).long()
         index = torch.arange(start + i, start + i + len(bits), device=bits.device)
         total += (bits * (2 * index + 1)).sum()
     return total

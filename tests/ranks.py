@@ -411,8 +411,10 @@ def slow_answers(rank: int) -> None:
 
 
 def no_room(rank: int) -> None:
-    """No GPU holds all weights."""
-    importlib.import_module("rollouts").whole_copy_fits = lambda *_: False
+    """No GPU holds all weights, and an answer at a time is all that fits beside the shards."""
+    rollouts = importlib.import_module("rollouts")
+    rollouts.whole_copy_fits = lambda *_: False
+    rollouts.rows_that_fit = lambda *_: 1
 
 
 def keep_policy(rank: int) -> None:

@@ -90,7 +90,8 @@ def asked(server, path):
 
 
 def client(server, tmp_path, **more):
-    servers = Servers((server.url,), tmp_path / "weights", **{"patience": 5, **more})
+    servers = Servers((server.url,), **{"patience": 5, **more})
+    servers.folder = tmp_path / "weights"
     servers.check()
     return servers
 
@@ -147,7 +148,8 @@ def test_other_stages_ask_servers(here, policy, server, row_by_row, stage):
 
 def test_rows_go_to_all_servers_which_have_one_version(policy, server, tmp_path):
     other = serve(policy)
-    servers = Servers((server.url, other.url), tmp_path / "weights", patience=5)
+    servers = Servers((server.url, other.url), patience=5)
+    servers.folder = tmp_path / "weights"
     servers.check(100)
     model = OLMo2.load(policy)
     servers.update(model)
@@ -387,6 +389,7 @@ def test_sample_and_eval_ask_servers_that_load_the_model(here, policy, server, c
         ]
     )
     assert capsys.readouterr().out == alone
+    assert (policy / "model.safetensors").exists()
 
     table = {}
     for name, more in (("alone", []), ("served", flags)):
@@ -493,7 +496,8 @@ def check_answers(servers, model):
 @needs_vllm
 def test_vllm_answers_as_we_do_and_follows_new_weights(here, policy, tmp_path):
     with vllm(policy, free_port()) as (process, url):
-        servers = Servers((url,), tmp_path / "weights", patience=180)
+        servers = Servers((url,), patience=180)
+        servers.folder = tmp_path / "weights"
         servers.check(128)
         model = OLMo2.load(policy)
         for scale in (1.0, 0.5):
@@ -539,7 +543,8 @@ def test_two_ranks_and_a_server_in_two_parts(here, policy, tmp_path):
         _,
         url,
     ):
-        servers = Servers((url,), tmp_path / "weights", patience=180)
+        servers = Servers((url,), patience=180)
+        servers.folder = tmp_path / "weights"
         servers.check(128)
         servers.update(grouped)
         check_answers(servers, grouped)
