@@ -524,7 +524,6 @@ def sample_rollouts(
     sampled = [answer.log_probs for answer in completions]
     on_cuda = model.lm_head.weight.device.type == "cuda"
     trainers = score_log_probs(model, examples, c) if on_cuda or model.servers else sampled
-    gap = check_log_probs(sampled, trainers)
     old_logprobs = trainers if on_cuda else sampled
     # Their scores are those of the rows' verifiers, VERIFIERS in tasks/conversations.py.
     rewards = torch.tensor(
@@ -534,7 +533,7 @@ def sample_rollouts(
     parts = [range(i, i + size) for i in range(0, len(completions), size)]
     stats = rollout_stats(completions, rewards, c.samples)
     if model.servers:
-        stats["logprob_gap"] = gap
+        stats["logprob_gap"] = check_log_probs(sampled, trainers)
     return Rollouts(parts, examples, rewards, old_logprobs, stats)
 
 
